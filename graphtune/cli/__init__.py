@@ -1,0 +1,9 @@
+"""The `graphtune` command. To add a subcommand, add a file here and its name to the import.
+
+Nothing here imports torch before a subcommand needs it: help is instant.
+"""
+
+from graphtune.cli import cat, cp, ls, train, validate  # noqa: F401  (each registers itself)
+from graphtune.cli.app import app, main
+
+__all__ = ["app", "main"]

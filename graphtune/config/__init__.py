@@ -1,0 +1,24 @@
+"""Configs: read a YAML file with overrides, check it against a schema, build what it names."""
+
+from graphtune.config.instantiate import Component, component, instantiate
+from graphtune.config.keys import close_match, did_you_mean
+from graphtune.config.parse import catalogue, find_config, load_config
+from graphtune.config.schema import SCHEMAS, SFTConfig, option
+from graphtune.config.validate import check_options, to_yaml, validate
+
+__all__ = [
+    "SCHEMAS",
+    "Component",
+    "SFTConfig",
+    "catalogue",
+    "check_options",
+    "close_match",
+    "component",
+    "did_you_mean",
+    "find_config",
+    "instantiate",
+    "load_config",
+    "option",
+    "to_yaml",
+    "validate",
+]

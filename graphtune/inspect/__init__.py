@@ -1,0 +1,7 @@
+"""Text views of Programs."""
+
+from graphtune.inspect.diff import diff
+from graphtune.inspect.ledger import ledger
+from graphtune.inspect.tree import tree
+
+__all__ = ["diff", "ledger", "tree"]

@@ -1,0 +1,5 @@
+"""Losses: functions of logits and labels that know nothing of graphs."""
+
+from graphtune.losses.cross_entropy import cross_entropy, labelled_tokens, shift_labels
+
+__all__ = ["cross_entropy", "labelled_tokens", "shift_labels"]

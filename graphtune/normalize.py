@@ -1,0 +1,232 @@
+"""What every captured graph needs before a pass can read it (the `normalize` stage).
+
+`torch.export` leaves gradient-mode blocks that `torch.compile` refuses, assertions and casts
+that do nothing, devices baked into nodes, dropout fixed to one mode, and tied weights read
+under one name. Each function below mends one of these, in place.
+"""
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphtune.rewrite import insert_call
+from graphtune.sites import find_sites
+from graphtune.torch_private import is_grad_mode_block
+
+aten = torch.ops.aten
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+BY = "capture"
+
+
+def normalize(
+    graph_module: fx.GraphModule, out_spec: Any, windows: Mapping[str, int | None]
+) -> fx.Graph:
+    """Mend a freshly exported graph; returns it.
+
+    Args:
+        graph_module: what `ExportedProgram.module()` gave.
+        out_spec: the pytree of the model's output.
+        windows: the kinds of attention mask the model was given, each with the number of keys
+            up to the query that it keeps (None: all).
+    """
+    graph = graph_module.graph
+    graph.set_codegen(fx.graph.CodeGen())  # plain positional inputs, one tensor out
+    parameters = dict(graph_module.named_parameters(remove_duplicate=False))
+    inline_grad_mode_blocks(graph_module, parameters)
+    keep_only_logits(graph, out_spec)
+    set_inputs(graph, windows)
+    drop_noise(graph)
+    follow_input_device(graph)
+    switch_dropout(graph)
+    read_own_weights(graph, parameters)
+    drop_placeholder_stacks(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return graph
+
+
+def inline_grad_mode_blocks(
+    graph_module: fx.GraphModule, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Replace each `with torch.no_grad():` block by its nodes.
+
+    What a block computes from parameters must stay without a gradient, so that its outputs are
+    detached; the rest (rotary angles) has none anyway.
+    """
+    graph = graph_module.graph
+    while blocks := [node for node in graph.nodes if is_grad_mode_block(node)]:
+        from_parameters = _derived(graph, parameters)
+        for block in blocks:
+            enabled, body, *inputs = block.args
+            inner = getattr(graph_module, body.target).graph
+            detach = not enabled and any(node in from_parameters for node in inputs)
+            with graph.inserting_before(block):
+                places = inner.find_nodes(op="placeholder")
+                results = graph.graph_copy(inner, dict(zip(places, inputs, strict=True)))
+                if detach:
+                    results = [
+                        insert_call(graph, aten.detach.default, result, origin=result, by=BY)
+                        for result in results
+                    ]
+            for user in list(block.users):
+                assert user.target is operator.getitem
+                user.replace_all_uses_with(results[user.args[1]])
+                graph.erase_node(user)
+            graph.erase_node(block)
+            if not body.users:
+                graph.erase_node(body)
+
+
+def _derived(graph: fx.Graph, parameters: Mapping[str, nn.Parameter]) -> set[fx.Node]:
+    derived: set[fx.Node] = set()
+    for node in graph.nodes:
+        own = node.op == "get_attr" and node.target in parameters
+        if own or any(source in derived for source in node.all_input_nodes):
+            derived.add(node)
+    return derived
+
+
+def keep_only_logits(graph: fx.Graph, out_spec: Any) -> None:
+    """Make the logits the graph's only output."""
+    output = graph.output_node()
+    flat = list(output.args[0])
+    result = torch.utils._pytree.tree_unflatten(list(range(len(flat))), out_spec)
+    if not isinstance(result, int):
+        named = hasattr(result, "keys") and "logits" in result
+        result = result["logits"] if named else result[0]
+    output.args = (flat[result],)
+
+
+def set_inputs(graph: fx.Graph, windows: Mapping[str, int | None]) -> None:
+    """Give the graph its three inputs, and each kind of layer its mask made from the one."""
+    old = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    kind_of = {f"attention_mask_{kind}": kind for kind in windows}
+    if len(windows) == 1:
+        kind_of = {"attention_mask": next(iter(windows))}
+    metas = {name: old[name].meta for name in INPUTS if name in old}
+    metas["attention_mask"] = old[next(iter(kind_of))].meta
+    metas.setdefault("position_ids", metas["input_ids"])
+    with graph.inserting_before(next(iter(graph.nodes))):
+        new = {name: graph.placeholder(f"new_{name}") for name in INPUTS}
+    for name, node in new.items():
+        node.meta = dict(metas[name])
+    with graph.inserting_before(next(n for n in graph.nodes if n.op == "call_function")):
+        for name, node in old.items():
+            kind = kind_of.get(name)
+            if kind is not None and windows[kind] is not None:
+                node.replace_all_uses_with(_keep_window(graph, new["attention_mask"], windows[kind]))
+            elif kind is not None or name in INPUTS:
+                node.replace_all_uses_with(new["attention_mask" if kind is not None else name])
+            graph.erase_node(node)
+    for name, node in new.items():
+        node.target = name
+        node.name = name
+
+
+def _keep_window(graph: fx.Graph, mask: fx.Node, window: int) -> fx.Node:
+    """Of a mask (batch, 1, seq, seq), only the last `window` keys up to each query."""
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return insert_call(graph, target, *args, origin=mask, by=BY, **kwargs)
+
+    seq = call(aten.sym_size.int, mask, 3)
+    index = call(aten.arange.default, seq, device=mask.meta["val"].device)
+    query, key = call(aten.unsqueeze.default, index, 1), call(aten.unsqueeze.default, index, 0)
+    near = call(aten.lt.Scalar, call(aten.sub.Tensor, query, key), window)
+    return call(aten.bitwise_and.Tensor, mask, near)
+
+
+def drop_noise(graph: fx.Graph) -> None:
+    """Drop assertions on metadata, aliases, and casts to the dtype that a tensor has."""
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is aten.alias.default or _casts_to_same(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def drop_placeholder_stacks(graph: fx.Graph) -> None:
+    """Forget the module stack that torch writes on nodes which no module made."""
+    for node in graph.nodes:
+        if any("_empty_nn_module_stack" in name for name in node.meta.get("nn_module_stack", ())):
+            node.meta["nn_module_stack"] = {}
+
+
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default)
+
+
+def _casts_to_same(node: fx.Node) -> bool:
+    if node.target not in _CASTS:
+        return False
+    before, after = node.args[0].meta["val"], node.meta["val"]
+    return before.dtype == after.dtype and before.device == after.device
+
+
+def follow_input_device(graph: fx.Graph) -> None:
+    """Make every node that names a device name the device of `input_ids` instead."""
+    ids = next(iter(graph.nodes))
+    named = [n for n in graph.nodes if any(isinstance(a, torch.device) for a in _flat(n))]
+    if not named:
+        return
+    with graph.inserting_before(next(n for n in graph.nodes if n.op == "call_function")):
+        device = insert_call(graph, getattr, ids, "device", origin=ids, by=BY)
+    for node in named:
+        node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
+        node.kwargs = {
+            key: device if isinstance(a, torch.device) else a for key, a in node.kwargs.items()
+        }
+
+
+def _flat(node: fx.Node) -> list[Any]:
+    return [*node.args, *node.kwargs.values()]
+
+
+def switch_dropout(graph: fx.Graph) -> None:
+    """Let dropout, also attention's own, read the `training` flag when the graph runs."""
+    drops = [n for n in graph.nodes if n.target is aten.dropout.default]
+    attends = [
+        site.node
+        for site in find_sites(graph)
+        if site.kind == "attention" and _dropout_p(site.node) > 0
+    ]
+    if not drops and not attends:
+        return
+    with graph.inserting_before(next(n for n in graph.nodes if n.op == "call_function")):
+        training = graph.create_node("get_attr", "training")
+        training.meta.update(val=True, custom={"graphtune": BY})
+    for node in drops:
+        node.update_arg(2, training)
+    for node in attends:
+        with graph.inserting_before(node):
+            p = insert_call(graph, operator.mul, training, _dropout_p(node), origin=node, by=BY)
+        if len(node.args) > 4:
+            node.update_arg(4, p)
+        else:
+            node.update_kwarg("dropout_p", p)
+
+
+def _dropout_p(node: fx.Node) -> float:
+    return node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+
+
+def read_own_weights(graph: fx.Graph, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Let each site read its weight under its own module's name.
+
+    After `torch.export` all users of a tied weight read one of its names. With each its own,
+    replacing the weight of one (quantizing `lm_head`) cannot leak into the other.
+    """
+    for site in list(find_sites(graph)):
+        if site.kind == "attention" or site.weight.op != "get_attr":
+            continue
+        own = f"{site.name}.weight"
+        shared: Tensor | None = parameters.get(own)
+        if own != site.weight.target and shared is parameters.get(site.weight.target):
+            with graph.inserting_before(site.weight):
+                read = graph.create_node("get_attr", own)
+            read.meta = dict(site.weight.meta)
+            site.node.replace_input_with(site.weight, read)
+

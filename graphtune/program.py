@@ -1,0 +1,229 @@
+"""The Program: one captured forward, its parameters under their own names, and a ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphtune.errors import UserError
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """What one pass did. Counts are differences to the program that the pass was given."""
+
+    name: str
+    badge: str  # what the module tree shows at each site
+    options: Mapping[str, Any]
+    numerics: str
+    sites: tuple[str, ...]
+    nodes: int
+    parameters: int
+    trainable: int  # parameters that get a gradient, after the pass (a total, not a difference)
+    bytes: int
+    ms: float = field(compare=False)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Where the weights came from.
+
+    Attributes:
+        source: what `load_model` was given (hub id, folder, file), or None.
+        config: the model's `transformers` configuration, or None.
+        model_class: name of the class that was captured.
+    """
+
+    source: str | None
+    config: Any
+    model_class: str
+
+
+class Program(nn.Module):
+    """The captured forward of one causal language model.
+
+    A program is an `nn.Module`: optimizers, `torch.compile`, `.to(device)` and `state_dict`
+    work as people expect, and every parameter keeps its Hugging Face name. Passes rewrite a
+    program into a new one with `apply`; tensors that a pass did not touch are shared.
+
+    Attributes:
+        graph_module: the graph in the pre-autograd training IR of `torch.export`; its inputs
+            are `input_ids`, `attention_mask`, `position_ids`, its output the logits.
+        ledger: one row for each pass that was applied, in order.
+        info: where the weights came from.
+    """
+
+    graph_module: fx.GraphModule
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        parameters: Mapping[str, nn.Parameter],
+        buffers: Mapping[str, tuple[Tensor, bool]],
+        info: ModelInfo,
+        ledger: Iterable[LedgerRow] = (),
+    ) -> None:
+        """Build from a graph and the tensors it reads.
+
+        Args:
+            graph: reads its tensors by `get_attr` nodes whose targets are names below.
+            parameters: by qualified name; tied ones are the same object under several names.
+            buffers: by qualified name, with whether `state_dict` holds them.
+            info: where the weights came from.
+            ledger: what made this program.
+        """
+        super().__init__()
+        for name, parameter in parameters.items():
+            owner, leaf = self._owner(name)
+            owner.register_parameter(leaf, parameter)
+        for name, (buffer, persistent) in buffers.items():
+            owner, leaf = self._owner(name)
+            owner.register_buffer(leaf, buffer, persistent=persistent)
+        graph_module = fx.GraphModule(self, graph, class_name="Program")
+        # One set of tensors under two modules: the program's names carry no prefix, and what
+        # happens to one (`.to`, loading) happens to the other.
+        graph_module._parameters = self._parameters
+        graph_module._buffers = self._buffers
+        graph_module._modules = self._modules
+        # Not registered as a child, or each name would exist a second time.
+        object.__setattr__(self, "graph_module", graph_module)
+        self.info = info
+        self.ledger = tuple(ledger)
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        *path, leaf = name.split(".")
+        module: nn.Module = self
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        return module, leaf
+
+    @property
+    def config(self) -> Any:
+        """The model's `transformers` configuration, or None."""
+        return self.info.config
+
+    @property
+    def source(self) -> str | None:
+        """What `load_model` was given, or None."""
+        return self.info.source
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of every position.
+
+        Args:
+            input_ids: int64 (batch, seq).
+            attention_mask: bool (batch, 1, seq, seq), True where a query may attend to a key;
+                or (batch, seq), nonzero where the token is not padding; without it, causal.
+            position_ids: int64 (batch, seq); without it, counted from 0, and from the first
+                token that is not padding where a (batch, seq) mask is given.
+
+        Returns:
+            Logits, (batch, seq, vocab), in the dtype of the weights.
+        """
+        if position_ids is None:
+            position_ids = default_position_ids(input_ids, attention_mask)
+        if attention_mask is None or attention_mask.dim() == 2:
+            attention_mask = causal_mask(input_ids, attention_mask)
+        return self.graph_module(input_ids, attention_mask, position_ids)
+
+    def train(self, mode: bool = True) -> Program:
+        """Switch dropout on (or off): the graph reads this flag where it drops."""
+        super().train(mode)
+        self.graph_module.training = mode
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Program:
+        for parameter in self.parameters():
+            if fn(parameter.new_empty(0)).dtype != parameter.dtype:
+                raise UserError(
+                    f"a program captured in {parameter.dtype} cannot be cast: its graph has the "
+                    "casts of that dtype in it; choose it before capture, load_model(..., dtype=)"
+                )
+            break
+        super()._apply(fn, recurse)
+        return self
+
+    def apply(self, *passes: Any) -> Program:  # type: ignore[override]
+        """A new program, rewritten by the passes in the order of their stages.
+
+        Args:
+            passes: in any order, see `graphtune.passes`.
+
+        Raises:
+            UserError: a rule matches nothing, or two passes do not compose.
+        """
+        program = self
+        for one in sorted(passes, key=lambda one: one.stage):
+            program = one(program)
+        return program
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that get a gradient; what an optimizer should be given."""
+        return (p for p in self.parameters() if p.requires_grad)
+
+    def all_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by name, tied ones under each of their names."""
+        return dict(self.named_parameters(remove_duplicate=False))
+
+    def all_buffers(self) -> dict[str, tuple[Tensor, bool]]:
+        """Buffers by name, with whether `state_dict` holds them."""
+        saved = self.state_dict(keep_vars=True).keys()
+        return {n: (b, n in saved) for n, b in self.named_buffers(remove_duplicate=False)}
+
+    def tree(self) -> str:
+        """The module tree, identical layers folded, with badges for what each pass did."""
+        from graphtune.inspect import tree
+
+        return tree(self)
+
+    def diff(self, other: Program) -> str:
+        """How this graph differs from another one of the same capture."""
+        from graphtune.inspect import diff
+
+        return diff(other, self)
+
+    def __repr__(self) -> str:
+        total = sum(p.numel() for p in self.parameters())
+        trainable = sum(p.numel() for p in self.trainable_parameters())
+        passes = " → ".join(["capture", *(row.name for row in self.ledger)])
+        return (
+            f"Program({self.info.model_class}: {passes}; {len(self.graph.nodes):,} nodes, "
+            f"{total:,} parameters, {trainable:,} trainable)"
+        )
+
+
+def default_position_ids(input_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Positions (batch, seq) that count from each row's first token that is not padding."""
+    if padding_mask is not None and padding_mask.dim() == 2:
+        return (padding_mask.long().cumsum(-1) - 1).clamp(min=0)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return positions.expand(input_ids.shape[0], -1)
+
+
+def causal_mask(input_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Bool (batch, 1, seq, seq): a query attends to itself and to earlier, unpadded keys.
+
+    A padding position attends at least to itself, so that no row of the softmax is empty.
+    """
+    batch, length = input_ids.shape
+    index = torch.arange(length, device=input_ids.device)
+    causal = index[:, None] >= index[None, :]
+    if padding_mask is None:
+        return causal.expand(batch, 1, length, length)
+    itself = index[:, None] == index[None, :]
+    return causal & (padding_mask.bool()[:, None, None, :] | itself)

@@ -1,0 +1,57 @@
+"""Every private torch API that graphtune needs, one function each, with its reason.
+
+`tests/test_torch_private.py` fails clearly when torch moves one of them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled as _wrap_with_set_grad_enabled
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def is_grad_mode_block(node: fx.Node) -> bool:
+    """Whether `node` runs a subgraph under a fixed gradient mode.
+
+    `torch.export` wraps `with torch.no_grad():` regions in a higher-order op that Dynamo
+    refuses when shapes are dynamic, so capture inlines them; the op has no public name.
+    """
+    return node.op == "call_function" and node.target is _wrap_with_set_grad_enabled
+
+
+def is_fake(value: Any) -> bool:
+    """Whether `value` is the shape-only tensor that `torch.export` leaves in `meta["val"]`."""
+    return isinstance(value, FakeTensor)
+
+
+def fake_parameter(like: FakeTensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A shape-only tensor in the same fake world, and on the same device, as `like`.
+
+    The mode in which `torch.export` traced is reachable only through its tensors; new nodes
+    must be propagated in it, or their symbolic sizes would be other symbols.
+    """
+    with like.fake_mode:
+        return torch.empty(tuple(shape), dtype=dtype, device=like.device)
+
+
+def propagate(like: FakeTensor, target: Any, args: tuple, kwargs: dict) -> Any:
+    """The shape-only result of `target(*args, **kwargs)` in the fake world of `like`."""
+    with like.fake_mode:
+        return target(*args, **kwargs)
+
+
+def size_symbol(size: int | torch.SymInt) -> str | None:
+    """The name of the symbol that a traced size is, or None for a constant or an expression."""
+    if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+        return str(size.node.expr)
+    return None
+
+
+def size_at(size: int | torch.SymInt, symbols: dict[str, int]) -> int:
+    """The value of a traced size when its symbols have the given values."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs({s: symbols[str(s)] for s in expression.free_symbols}))

@@ -1,0 +1,1 @@
+"""What a training run needs beside the step: device, schedule, run folder, metrics, display."""

@@ -1,0 +1,139 @@
+"""What is checked after every pass, and the gate between a program and the model it came from.
+
+All of it is cheap: shapes and gradients are followed on the meta device, where nothing is
+computed, and the numerics class costs two forwards of a few tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphtune.program import Program
+from graphtune.sites import module_of
+from graphtune.torch_private import is_fake, size_at, size_symbol
+
+
+class VerificationError(RuntimeError):
+    """A pass broke the program. The message names the pass, the place and the number."""
+
+
+def verify(before: Program, after: Program) -> None:
+    """Check what the last pass of `after` did to `before`.
+
+    The graph is well formed and its new nodes say where they belong; shapes agree with what the
+    nodes carry, for a batch and a length that were not captured; every trainable parameter gets
+    a gradient and every frozen one none; the numerics class that the pass claims holds.
+
+    Raises:
+        VerificationError: naming the pass, the node or parameter, and the number.
+    """
+    row = after.ledger[-1]
+    _check_graph(after, row.name)
+    logits, leaves = _run_on_meta(after, row.name)
+    _check_gradients(after, logits, leaves, row.name)
+    if row.numerics in ("exact", "identity_at_init"):
+        _check_same_logits(before, after, row.name)
+
+
+def _check_graph(program: Program, by: str) -> None:
+    program.graph.lint()
+    for node in program.graph.nodes:
+        if node.op == "call_module":
+            raise VerificationError(f"{by}: node {node.name} calls a module; passes insert operators")
+        if node.op != "output" and "val" not in node.meta:
+            raise VerificationError(f"{by}: node {node.name} carries no shape (meta['val'])")
+
+
+class _OnMeta(fx.Interpreter):
+    """Runs a graph on the meta device and compares each result with what its node carries."""
+
+    def __init__(self, program: Program, leaves: Mapping[str, Tensor], sizes: dict[str, int]):
+        super().__init__(program.graph_module)
+        self.leaves = leaves
+        self.sizes = sizes
+
+    def get_attr(self, target: str, args: Any, kwargs: Any) -> Any:
+        return self.leaves[target] if target in self.leaves else getattr(self.module, target)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        carried = n.meta.get("val")
+        if isinstance(result, Tensor) and is_fake(carried):
+            expected = [size_at(size, self.sizes) for size in carried.shape]
+            if list(result.shape) != expected or result.dtype != carried.dtype:
+                raise VerificationError(
+                    f"node {n.name} of {module_of(n)[0] or 'the model'} carries "
+                    f"{carried.dtype} {expected} and computes {result.dtype} {list(result.shape)}"
+                )
+        return result
+
+
+def _run_on_meta(program: Program, by: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits on the meta device, and the leaf that stands there for each parameter."""
+    ids = next(iter(program.graph.nodes)).meta["val"]
+    sizes = {str(size_symbol(ids.shape[0])): 2, str(size_symbol(ids.shape[1])): 5}
+    stand_in: dict[int, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
+    for name, tensor in (*program.all_parameters().items(), *program.named_buffers()):
+        if id(tensor) not in stand_in:
+            stand_in[id(tensor)] = torch.empty_like(tensor, device="meta").requires_grad_(
+                tensor.requires_grad
+            )
+        leaves[name] = stand_in[id(tensor)]
+    inputs = (
+        torch.zeros(2, 5, dtype=torch.int64, device="meta"),
+        torch.ones(2, 1, 5, 5, dtype=torch.bool, device="meta"),
+        torch.zeros(2, 5, dtype=torch.int64, device="meta"),
+    )
+    try:
+        with torch.enable_grad():
+            return _OnMeta(program, leaves, sizes).run(*inputs), leaves
+    except VerificationError as error:
+        raise VerificationError(f"{by}: {error}") from None
+
+
+def _check_gradients(
+    program: Program, logits: Tensor, leaves: Mapping[str, Tensor], by: str
+) -> None:
+    names = {id(leaves[n]): n for n, p in program.named_parameters() if p.requires_grad}
+    trainable = [leaves[name] for name in names.values()]
+    if not trainable:
+        return
+    if not logits.requires_grad:
+        raise VerificationError(f"{by}: no trainable parameter reaches the logits")
+    gradients = torch.autograd.grad(logits.sum(), trainable, allow_unused=True)
+    for leaf, gradient in zip(trainable, gradients, strict=True):
+        if gradient is None:
+            raise VerificationError(f"{by}: {names[id(leaf)]} is trainable and gets no gradient")
+
+
+@torch.no_grad()
+def _check_same_logits(before: Program, after: Program, by: str) -> None:
+    if any(tensor.is_meta for tensor in (*after.parameters(), *after.buffers())):
+        return
+    ids = probe_ids(after)
+    expected, found = (_eval_logits(program, ids) for program in (before, after))
+    if not torch.equal(expected, found):
+        difference = (expected - found).abs().max().item()
+        raise VerificationError(
+            f"{by}: claims the same logits ({after.ledger[-1].numerics}), yet they differ by "
+            f"{difference:.3g}"
+        )
+
+
+def probe_ids(program: Program) -> Tensor:
+    """A few token ids (2, 7) that every vocabulary has, on the program's device."""
+    device = next(program.parameters()).device
+    return torch.arange(14, device=device).reshape(2, 7)
+
+
+def _eval_logits(program: nn.Module, ids: Tensor) -> Tensor:
+    was_training = program.training
+    try:
+        return program.eval()(ids)
+    finally:
+        program.train(was_training)

@@ -1,0 +1,44 @@
+"""What graphtune uses of torch's private surface, so that a move of it fails here first."""
+
+import torch
+
+from graphtune import torch_private
+
+
+class _UnderNoGrad(torch.nn.Module):
+    def forward(self, x):
+        with torch.no_grad():
+            y = x.cos()
+        return x * y
+
+
+def exported():
+    x = torch.zeros(3, 4)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        _UnderNoGrad(), (x,), dynamic_shapes=({0: batch},), strict=False
+    )
+    return program.module(check_guards=False).graph
+
+
+def test_gradient_mode_blocks_are_recognised():
+    blocks = [node for node in exported().nodes if torch_private.is_grad_mode_block(node)]
+    assert len(blocks) == 1
+    enabled, _, *inputs = blocks[0].args
+    assert enabled is False
+    assert len(inputs) == 1
+
+
+def test_shapes_propagate_symbolically():
+    value = exported().find_nodes(op="placeholder")[0].meta["val"]
+    assert torch_private.is_fake(value)
+    assert not torch_private.is_fake(torch.zeros(1))
+    weight = torch_private.fake_parameter(value, (5, 4), torch.float32)
+    result = torch_private.propagate(value, torch.ops.aten.linear.default, (value, weight), {})
+    assert torch_private.is_fake(result)
+    symbol = torch_private.size_symbol(result.shape[0])
+    assert symbol == torch_private.size_symbol(value.shape[0]) is not None
+    assert torch_private.size_symbol(result.shape[1]) is None
+    assert torch_private.size_at(result.shape[0], {symbol: 7}) == 7
+    assert torch_private.size_at(result.shape[0] * 2 + 1, {symbol: 7}) == 15
+    assert torch_private.size_at(5, {}) == 5
