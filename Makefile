@@ -1,0 +1,56 @@
+# make quickstart   fine-tune a real model, from nothing
+# make test         test everything that is fast; test-all: the slow tests too
+# Both make .venv and install into it first. PYTHON=python3.12 picks another interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LINKED := build/linked
+PARTS := passes recipes export configs
+
+# A second quickstart goes beside the first: a run never overwrites another.
+RUN ?= runs/quickstart$(if $(wildcard runs/quickstart),-$(shell date +%Y%m%d-%H%M%S))
+
+.PHONY: quickstart test test-all lint format clean
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/.installed
+	$(BIN)/graphtune train configs/quickstart.yaml output_dir=$(RUN)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev $(LINKED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	MYPYPATH=$(LINKED) $(BIN)/mypy -p graphtune
+	cd $(LINKED) && $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# The stamps are older than pyproject.toml when the dependencies may have changed.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[executorch]"
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@ $(VENV)/.installed
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# mypy and import-linter read folders, not setuptools' map of them: they get the package as it
+# is once installed, made of links.
+.PHONY: $(LINKED)
+$(LINKED):
+	rm -rf $@ && mkdir -p $@/graphtune
+	ln -s $(CURDIR)/graphtune/* $(addprefix $(CURDIR)/,$(PARTS)) $@/graphtune/

@@ -1,0 +1,77 @@
+"""The frame around every subcommand: the app they register with, and how errors end."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from graphtune.errors import UserError
+
+app = typer.Typer(
+    name="graphtune",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# For subcommands that take `key=value` words: a `--key` among them reaches `load_config`,
+# which tells how to write it.
+OVERRIDES = {"ignore_unknown_options": True}
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or a name that `graphtune ls` lists.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE | ~KEY]...",
+        help="Set a key (passes.lora.rank=16) or remove one (~passes.lora).",
+        show_default=False,
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"graphtune {version('graphtune')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def graphtune(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Fine-tune any language model as a graph: capture, rewrite with passes, train, ship."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    if debug:  # accepted after the subcommand too, which does not know it
+        arguments = ["--debug", *(word for word in arguments if word != "--debug")]
+    try:
+        app(arguments, prog_name="graphtune")
+    except UserError as error:
+        _report(" ".join(str(error).split()), debug)
+        sys.exit(2)
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        hint = "" if debug else " (--debug shows the traceback)"
+        _report(f"{type(error).__name__}: {first_line}{hint}", debug)
+        sys.exit(1)
+
+
+def _report(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"graphtune: error: {message}", file=sys.stderr)
