@@ -114,7 +114,9 @@ _UNSUPPORTED = {
 
 def _lora(config: dict[str, Any], saved: dict[str, torch.Tensor]) -> LoRA:
     if config.get("peft_type") != "LORA":
-        raise UserError(f"adapter: peft_type {config.get('peft_type')!r} is not supported; only LORA")
+        raise UserError(
+            f"adapter: peft_type {config.get('peft_type')!r} is not supported; only LORA"
+        )
     for key, plain in _UNSUPPORTED.items():
         if config.get(key) not in (plain, None):
             raise UserError(f"adapter: {key}={config[key]!r} is not supported")

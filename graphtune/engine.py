@@ -13,6 +13,7 @@ from torch import Tensor
 from graphtune.errors import UserError
 from graphtune.losses import cross_entropy, labelled_tokens
 from graphtune.program import Program
+from graphtune.torch_private import salted_cache
 
 Batch = Mapping[str, Tensor]
 
@@ -57,7 +58,7 @@ class TrainStep:
         """Loss summed over the batch's labelled tokens, differentiable."""
         if self._compiled is None:
             return self._eager_loss_sum(batch)
-        with torch.compiler.config.patch(cache_key_tag=self._tag):
+        with salted_cache(self._tag):
             return self._compiled(batch)
 
     def __call__(self, batch: Batch | Sequence[Batch]) -> dict[str, float]:

@@ -116,8 +116,9 @@ def set_inputs(graph: fx.Graph, windows: Mapping[str, int | None]) -> None:
     with graph.inserting_before(next(n for n in graph.nodes if n.op == "call_function")):
         for name, node in old.items():
             kind = kind_of.get(name)
-            if kind is not None and windows[kind] is not None:
-                node.replace_all_uses_with(_keep_window(graph, new["attention_mask"], windows[kind]))
+            window = windows[kind] if kind is not None else None
+            if window is not None:
+                node.replace_all_uses_with(_keep_window(graph, new["attention_mask"], window))
             elif kind is not None or name in INPUTS:
                 node.replace_all_uses_with(new["attention_mask" if kind is not None else name])
             graph.erase_node(node)
@@ -229,4 +230,3 @@ def read_own_weights(graph: fx.Graph, parameters: Mapping[str, nn.Parameter]) ->
                 read = graph.create_node("get_attr", own)
             read.meta = dict(site.weight.meta)
             site.node.replace_input_with(site.weight, read)
-

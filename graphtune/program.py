@@ -158,7 +158,7 @@ class Program(nn.Module):
         super()._apply(fn, recurse)
         return self
 
-    def apply(self, *passes: Any) -> Program:  # type: ignore[override]
+    def apply(self, *passes: Any) -> Program:
         """A new program, rewritten by the passes in the order of their stages.
 
         Args:

@@ -35,7 +35,9 @@ class Site:
     @property
     def input(self) -> fx.Node:
         """What the linear or the embedding is applied to."""
-        return self.node.args[1] if self.transposed or self.kind == "embedding" else self.node.args[0]
+        return (
+            self.node.args[1] if self.transposed or self.kind == "embedding" else self.node.args[0]
+        )
 
     @property
     def weight(self) -> fx.Node:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -40,6 +41,15 @@ def propagate(like: FakeTensor, target: Any, args: tuple, kwargs: dict) -> Any:
     """The shape-only result of `target(*args, **kwargs)` in the fake world of `like`."""
     with like.fake_mode:
         return target(*args, **kwargs)
+
+
+def salted_cache(salt: str) -> AbstractContextManager:
+    """Within it, `torch.compile` uses the entries of its on-disk caches that have this salt.
+
+    The caches' keys leave out what passes write into a graph's metadata. The setting itself,
+    `torch.compiler.config.cache_key_tag`, is public; changing it for a while is not.
+    """
+    return torch.compiler.config.patch(cache_key_tag=salt)  # type: ignore[attr-defined]
 
 
 def size_symbol(size: int | torch.SymInt) -> str | None:

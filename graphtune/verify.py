@@ -43,7 +43,9 @@ def _check_graph(program: Program, by: str) -> None:
     program.graph.lint()
     for node in program.graph.nodes:
         if node.op == "call_module":
-            raise VerificationError(f"{by}: node {node.name} calls a module; passes insert operators")
+            raise VerificationError(
+                f"{by}: node {node.name} calls a module; passes insert operators"
+            )
         if node.op != "output" and "val" not in node.meta:
             raise VerificationError(f"{by}: node {node.name} carries no shape (meta['val'])")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graphtune.errors import UserError
 from graphtune.passes.base import Pass, Stage
@@ -41,12 +41,14 @@ class Merge(Pass):
                 continue
             a, b = edit.parameters.pop(adapter.a), edit.parameters.pop(adapter.b)
             weight = edit.parameters[f"{site.name}.weight"]
-            edit.parameters[f"{site.name}.weight"] = self._merged(weight, a, b, adapter.scaling, site)
+            edit.parameters[f"{site.name}.weight"] = self._merged(
+                weight, a, b, adapter.scaling, site
+            )
         return [linears[adapter.base] for adapter in found]
 
     @staticmethod
     @torch.no_grad()
-    def _merged(weight, a, b, scaling: float, site: Site) -> nn.Parameter:
+    def _merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float, site: Site) -> nn.Parameter:
         update = b @ a
         update = (update.T if site.transposed else update) * scaling
         return nn.Parameter(weight + update, requires_grad=weight.requires_grad)

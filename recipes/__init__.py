@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
+from transformers import PreTrainedTokenizerBase
 
 from graphtune.capture import capture
-from graphtune.config import check_options, component, did_you_mean
-from graphtune.config.schema import ModelConfig
+from graphtune.config import SFTConfig, check_options, component, did_you_mean, validate
+from graphtune.config import load_config as read_config
 from graphtune.errors import UserError
-from graphtune.models import load_model
+from graphtune.export.peft import from_peft
+from graphtune.models import load_model, load_tokenizer
 from graphtune.passes import Pass, registry
 from graphtune.program import Program
+from graphtune.training.device import pick_device
+from graphtune.training.run import Run
 
 
 def make_passes(options: Mapping[str, Mapping[str, Any] | None]) -> list[Pass]:
@@ -35,14 +39,26 @@ def make_passes(options: Mapping[str, Mapping[str, Any] | None]) -> list[Pass]:
     return made
 
 
-def build_program(model: ModelConfig, device: torch.device | str) -> Program:
-    """Load a model and capture it. On the `meta` device, without its weights."""
-    return capture(
-        load_model(
-            model.id,
-            dtype=model.dtype,
-            device=device,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-        )
-    )
+def load_run(folder: str | Path, *, tuned: bool = True) -> tuple[Program, PreTrainedTokenizerBase]:
+    """The program and the tokenizer of a run that `train` wrote.
+
+    Args:
+        folder: the run's output_dir.
+        tuned: False gives the base model, as it was before training.
+
+    Raises:
+        UserError: no run lies there, or it saved nothing.
+    """
+    run = Run.open(folder)
+    config: SFTConfig = validate(read_config(str(run.config_file)))
+    model = config.model
+    source: dict[str, Any] = {
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+    }
+    tokenizer = load_tokenizer(model.id, **source)
+    device = pick_device(config.device)
+    if tuned and run.model_dir.is_dir():
+        return capture(load_model(run.model_dir, dtype=model.dtype, device=device)), tokenizer
+    program = capture(load_model(model.id, dtype=model.dtype, device=device, **source))
+    return (from_peft(program, run.adapter_dir) if tuned else program), tokenizer

@@ -15,9 +15,7 @@ class _UnderNoGrad(torch.nn.Module):
 def exported():
     x = torch.zeros(3, 4)
     batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(
-        _UnderNoGrad(), (x,), dynamic_shapes=({0: batch},), strict=False
-    )
+    program = torch.export.export(_UnderNoGrad(), (x,), dynamic_shapes=({0: batch},), strict=False)
     return program.module(check_guards=False).graph
 
 

@@ -3,7 +3,16 @@
 Nothing here imports torch before a subcommand needs it: help is instant.
 """
 
-from graphtune.cli import cat, cp, ls, train, validate  # noqa: F401  (each registers itself)
+from graphtune.cli import (  # noqa: F401  (each registers itself)
+    cat,
+    cp,
+    export,
+    generate,
+    inspect,
+    ls,
+    train,
+    validate,
+)
 from graphtune.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -1,7 +1,10 @@
 """The frame around every subcommand: the app they register with, and how errors end."""
 
+import logging
+import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated
@@ -55,6 +58,7 @@ def graphtune(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    _quiet_libraries()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     if debug:  # accepted after the subcommand too, which does not know it
@@ -69,6 +73,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         hint = "" if debug else " (--debug shows the traceback)"
         _report(f"{type(error).__name__}: {first_line}{hint}", debug)
         sys.exit(1)
+
+
+def _quiet_libraries() -> None:
+    """Keep what libraries say while they are imported out of a command's output."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for name in ("torchao", "torch.utils._pytree"):  # kernels that other devices have; enums
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _report(message: str, debug: bool) -> None:

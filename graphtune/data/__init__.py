@@ -4,7 +4,7 @@ A source takes a tokenizer and returns a `Dataset`, a list of `{"input_ids", "la
 function of that form can be a config's `dataset: {_component_: ...}`.
 """
 
-from graphtune.data.collation import Batch, collate, collate_packed
+from graphtune.data.collation import Batch, collate, collate_packed, count_tokens
 from graphtune.data.conversations import ConversationEncoder
 from graphtune.data.dataset import IGNORE_INDEX, Dataset, Example
 from graphtune.data.library_docs import docstrings
@@ -26,6 +26,7 @@ __all__ = [
     "collate",
     "collate_packed",
     "count_batches",
+    "count_tokens",
     "docstrings",
     "instruct",
     "pack",

@@ -30,7 +30,9 @@ def _operators(program: Program) -> list[str]:
 
 def _first_layer(program: Program) -> str:
     """Qualified name of the first numbered layer that a pass wrote in, or of the first one."""
-    nodes = sorted(program.graph.nodes, key=lambda node: "graphtune" not in node.meta.get("custom", {}))
+    nodes = sorted(
+        program.graph.nodes, key=lambda node: "graphtune" not in node.meta.get("custom", {})
+    )
     for node in nodes:
         if match := re.match(r"(.*?\.\d+)(\.|$)", module_of(node)[0]):
             return match[1]

@@ -1,5 +1,10 @@
 """Losses: functions of logits and labels that know nothing of graphs."""
 
-from graphtune.losses.cross_entropy import cross_entropy, labelled_tokens, shift_labels
+from graphtune.losses.cross_entropy import (
+    IGNORE_INDEX,
+    cross_entropy,
+    labelled_tokens,
+    shift_labels,
+)
 
-__all__ = ["cross_entropy", "labelled_tokens", "shift_labels"]
+__all__ = ["IGNORE_INDEX", "cross_entropy", "labelled_tokens", "shift_labels"]

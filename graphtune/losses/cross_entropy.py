@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
+IGNORE_INDEX = -100
+"""The label of a token that the loss leaves out, as in torch and transformers."""
 
 
 def shift_labels(labels: Tensor) -> Tensor:
@@ -12,7 +13,7 @@ def shift_labels(labels: Tensor) -> Tensor:
     Labels are unshifted everywhere else, as in `transformers`. The last position has nothing to
     predict and is ignored.
     """
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -30,10 +31,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     flat = logits.float().flatten(0, 1)
     return F.cross_entropy(
-        flat, shift_labels(labels).flatten(), ignore_index=IGNORED, reduction="sum"
+        flat, shift_labels(labels).flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
 
 
 def labelled_tokens(labels: Tensor) -> Tensor:
     """Number of tokens that the loss sums over, a scalar int64."""
-    return (labels[:, 1:] != IGNORED).sum()
+    return (labels[:, 1:] != IGNORE_INDEX).sum()

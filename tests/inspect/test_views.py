@@ -5,7 +5,7 @@ import torch
 import graphtune as gt
 from graphtune.inspect import ledger
 from graphtune.passes import LoRA
-from tests.oracles.models import FAMILIES, tiny_model
+from tests.oracles.models import FAMILIES
 
 
 def program(layers=6):
@@ -29,7 +29,11 @@ def test_layers_that_differ_are_listed_apart_with_badges():
     tuned = program().apply(LoRA(rank=2, alpha=5, targets=["re:.*layers.[23].*q_proj"]))
     lines = tuned.tree().splitlines()
     layers = [line.split("─ ")[1] for line in lines if "LlamaDecoderLayer" in line]
-    assert [layer.split(" LlamaDecoderLayer")[0] for layer in layers] == ["0-1 x2", "2-3 x2", "4-5 x2"]
+    assert [layer.split(" LlamaDecoderLayer")[0] for layer in layers] == [
+        "0-1 x2",
+        "2-3 x2",
+        "4-5 x2",
+    ]
     badges = [line for line in lines if "[lora r2 α5]" in line]
     assert len(badges) == 1 and "q_proj" in badges[0]
 

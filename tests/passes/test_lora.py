@@ -92,9 +92,7 @@ def test_dropout_is_pefts():
     expected = reference(input_ids=ids, use_cache=False).logits
     torch.manual_seed(11)
     assert torch.equal(program(ids), expected)
-    assert torch.equal(
-        program.eval()(ids), reference.eval()(input_ids=ids, use_cache=False).logits
-    )
+    assert torch.equal(program.eval()(ids), reference.eval()(input_ids=ids, use_cache=False).logits)
 
 
 def test_conv1d_is_pefts():

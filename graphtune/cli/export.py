@@ -1,0 +1,46 @@
+"""graphtune export: ship what a run trained."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from graphtune.cli.app import app
+from graphtune.cli.generate import Run
+
+
+@app.command()
+def export(
+    run: Run,
+    to: Annotated[
+        Literal["executorch", "hf", "peft"],
+        typer.Option(
+            help="executorch: a .pte for devices; hf: merged safetensors; peft: the adapter."
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder; by default RUN/TO.")
+    ] = None,
+    max_seq_len: Annotated[
+        int, typer.Option(min=2, help="executorch: most tokens that the program takes.")
+    ] = 512,
+) -> None:
+    """Export the model that RUN trained, its adapter merged where the target has none.
+
+    Example: graphtune export runs/quickstart --to executorch
+    """
+    from graphtune.export import to_executorch, to_hf, to_peft
+    from graphtune.passes import Merge
+    from graphtune.recipes import load_run
+
+    folder = output or Path(run) / to
+    program, tokenizer = load_run(run)
+    if to == "peft":
+        print(f"saved {to_peft(program, folder)}")
+        return
+    if program.ledger:
+        program = program.apply(Merge())
+    if to == "hf":
+        print(f"saved {to_hf(program, folder, tokenizer=tokenizer)}")
+    else:
+        print(to_executorch(program, folder, max_seq_len=max_seq_len, tokenizer=tokenizer))

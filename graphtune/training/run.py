@@ -1,0 +1,111 @@
+"""A run's folder: what `train` writes, and what `generate` and `export` read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graphtune.errors import UserError
+
+CONFIG = "config.yaml"
+
+
+class Run:
+    """The folder of one run.
+
+    `config.yaml` is the resolved config, `metrics.jsonl` one line for each logged step,
+    `loss.png` the loss curve, `summary.json` results and timings, `adapter/` the adapter in
+    PEFT's layout, or `model/` the weights in Hugging Face's if all of them were trained.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @classmethod
+    def create(cls, folder: str | Path, config: str) -> Run:
+        """Start a run.
+
+        Args:
+            folder: made if missing.
+            config: the resolved config, as YAML.
+
+        Raises:
+            UserError: the folder holds files already.
+        """
+        run = cls(folder)
+        run.refuse_used()
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.write(CONFIG, config)
+        return run
+
+    def refuse_used(self) -> None:
+        """Raise UserError if the folder cannot take a new run; nothing is written."""
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(
+                f"`output_dir={self.folder}` holds another run already; choose a new folder"
+            )
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Open a run that `train` wrote.
+
+        Raises:
+            UserError: there is none.
+        """
+        run = cls(folder)
+        if not (run.folder / CONFIG).is_file():
+            raise UserError(
+                f"{folder} is not a run: it has no {CONFIG}; give the output_dir of a training run"
+            )
+        return run
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / CONFIG
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def model_dir(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the run, whole or not at all."""
+        path = self.folder / name
+        temporary = path.with_name(f".{name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self.write("summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Append a line to the metrics; it is on disk when this returns."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines logged so far."""
+        if not self.metrics_file.is_file():
+            return []
+        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+
+    def plot_loss(self) -> None:
+        """Draw the logged loss over the steps to `loss.png`."""
+        from matplotlib.figure import Figure  # slow to import, used once in a run
+
+        lines = self.metrics()
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], lw=1.2)
+        axes.set(xlabel="optimizer step", ylabel="training loss (nats per token)")
+        axes.grid(alpha=0.3)
+        figure.savefig(self.folder / "loss.png", dpi=120)

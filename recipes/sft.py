@@ -1,0 +1,303 @@
+"""Supervised fine-tuning: next-token cross entropy on the answers of a data set.
+
+Full fine-tuning, LoRA and whatever comes differ only by the passes in the config.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from graphtune.capture import capture
+from graphtune.config import Component, SFTConfig, instantiate, to_yaml, validate
+from graphtune.data import Batch, Dataset, batches, count_batches, count_tokens
+from graphtune.engine import TrainStep, compile_step
+from graphtune.errors import UserError
+from graphtune.export import to_hf, to_peft
+from graphtune.models import load_config, load_model, load_tokenizer
+from graphtune.passes import Pass
+from graphtune.program import Program
+from graphtune.recipes import make_passes
+from graphtune.training.device import peak_memory, pick_device
+from graphtune.training.evaluate import evaluate_loss
+from graphtune.training.progress import TrainingProgress
+from graphtune.training.run import Run
+from graphtune.training.schedules import schedule
+
+RETENTION_LIMIT = 1.10  # times its perplexity on unrelated text that a model may end with
+
+
+def run(config: DictConfig) -> Run:
+    """Train as the config says.
+
+    Returns:
+        The run's folder: config, metrics, loss curve, summary and what was trained.
+
+    Raises:
+        UserError: config, data or model cannot be used; before capture starts.
+        KeyboardInterrupt: after what was learned so far has been saved.
+    """
+    console = Console()
+    clock = Clock()
+    with clock.phase("prepare"):
+        job = prepare(config)
+    cfg = job.config
+    run = Run.create(cfg.output_dir, to_yaml(cfg))
+    torch.manual_seed(cfg.seed)
+    with clock.phase("load"), console.status("loading the model"):
+        model = load_model(**vars(cfg.model), device=job.device)
+    with clock.phase("capture"), console.status("capturing the graph"):
+        program = capture(model)
+    with clock.phase("passes"), console.status("applying passes"):
+        program = program.apply(*job.passes)
+    del model
+    console.print(program, highlight=False)
+
+    with clock.phase("evaluate"), console.status("evaluating before training"):
+        before = evaluate(program, job)
+    trained: dict[str, float] = {}
+    try:
+        trained = train(program, job, run, clock, console)
+    finally:  # also after Ctrl-C, or an error in the middle of the night
+        with clock.phase("save"):
+            save(program, job.tokenizer, run)
+    with clock.phase("evaluate"), console.status("evaluating after training"):
+        after = evaluate(program, job)
+    report(run, before, after, trained, clock, console)
+    return run
+
+
+@dataclass(frozen=True)
+class Job:
+    """A config and what it names, all of it known to be usable together."""
+
+    config: SFTConfig
+    device: torch.device
+    passes: list[Pass]
+    tokenizer: PreTrainedTokenizerBase
+    dataset: Dataset
+    dataset_val: Dataset | None
+    retention: Dataset | None
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        steps = self.config.epochs * self.steps_per_epoch
+        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+
+    def batches(self, dataset: Dataset, epoch: int = 0, shuffle: bool = False) -> Iterator[Batch]:
+        """One epoch of batches; of one shape, so that the step compiles once."""
+        loader = self.config.loader
+        return batches(
+            dataset,
+            batch_size=loader.batch_size,
+            length=loader.length,
+            packed=loader.packed,
+            seed=self.config.seed,
+            epoch=epoch,
+            shuffle=shuffle,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+
+def prepare(config: DictConfig) -> Job:
+    """Everything that can fail, before anything that takes long. Writes nothing.
+
+    Raises:
+        UserError: naming the config key, its value and what would be right.
+    """
+    cfg = validate(config, SFTConfig)
+    Run(cfg.output_dir).refuse_used()
+    device = pick_device(cfg.device)
+    passes = make_passes(cfg.passes)
+    source: dict[str, Any] = {
+        "revision": cfg.model.revision,
+        "trust_remote_code": cfg.model.trust_remote_code,
+    }
+    positions = getattr(load_config(cfg.model.id, **source), "max_position_embeddings", None)
+    if positions is not None and cfg.loader.length > positions:
+        raise UserError(
+            f"`loader.length={cfg.loader.length}` is more than the {positions} positions of "
+            f"{cfg.model.id}; choose at most {positions}"
+        )
+    if passes:
+        empty = load_model(**vars(cfg.model), device="meta")
+        for one in passes:
+            one.check(empty)
+    tokenizer = load_tokenizer(cfg.model.id, **source)
+
+    def read(source: Component | None) -> Dataset | None:
+        return instantiate(source, tokenizer, max_length=cfg.loader.length)
+
+    dataset = read(cfg.dataset)
+    if not dataset:
+        raise UserError("`dataset` has no examples; check its source, split and filters")
+    per_epoch = count_batches(
+        dataset,
+        batch_size=cfg.loader.batch_size,
+        length=cfg.loader.length,
+        packed=cfg.loader.packed,
+    )
+    return Job(
+        config=cfg,
+        device=device,
+        passes=passes,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        dataset_val=read(cfg.dataset_val),
+        retention=read(cfg.retention),
+        steps_per_epoch=math.ceil(per_epoch / cfg.gradient_accumulation_steps),
+    )
+
+
+def train(program: Program, job: Job, run: Run, clock: Clock, console: Console) -> dict[str, float]:
+    """The training loop; logs each step to the run's folder."""
+    cfg, steps = job.config, job.steps
+    optimizer = instantiate(cfg.optimizer, list(program.trainable_parameters()))
+    scheduler = make_scheduler(optimizer, job)
+    step = compile_step(program, optimizer, compile=cfg.compile, clip_grad_norm=cfg.clip_grad_norm)
+    with clock.phase("compile"), console.status("compiling the step, and checking its gradients"):
+        warm_up(step, job)
+
+    tokens, seconds = 0, 0.0
+    with clock.phase("train"), TrainingProgress(steps, console) as progress:
+        for number, group in enumerate(itertools.islice(groups(job), steps), start=1):
+            start = time.perf_counter()
+            on_device = [{k: v.to(job.device) for k, v in one.items()} for one in group]
+            metrics = step(on_device)
+            rate = optimizer.param_groups[0]["lr"]
+            if scheduler is not None:
+                scheduler.step()
+            elapsed = time.perf_counter() - start
+            here = sum(count_tokens(one) for one in group)
+            tokens, seconds = tokens + here, seconds + elapsed
+            if not math.isfinite(metrics["loss"]):
+                raise RuntimeError(f"the loss is {metrics['loss']} at step {number}; lower the lr")
+            if number % cfg.log_every and number != steps:
+                continue
+            memory = peak_memory(job.device)
+            run.log(
+                {
+                    "step": number,
+                    **metrics,
+                    "lr": rate,
+                    "tokens_per_s": here / elapsed,
+                    "peak_memory_bytes": memory,
+                }
+            )
+            progress.update(
+                number,
+                loss=metrics["loss"],
+                tokens_per_s=here / elapsed,
+                memory=memory,
+                eta_s=seconds / number * (steps - number),
+            )
+    return {"steps": steps, "tokens": tokens, "tokens_per_s": tokens / seconds}
+
+
+def groups(job: Job) -> Iterator[list[Batch]]:
+    """The batches of each optimizer step, epoch after epoch."""
+    size = job.config.gradient_accumulation_steps
+    for epoch in range(job.config.epochs):
+        epoch_batches = job.batches(job.dataset, epoch, shuffle=job.config.loader.shuffle)
+        while group := list(itertools.islice(epoch_batches, size)):
+            yield group
+
+
+def warm_up(step: TrainStep, job: Job) -> None:
+    """Compile on the first batch; compiled loss and gradients must be the eager ones."""
+    if job.config.compile:
+        first = next(groups(job))[0]
+        step.check({name: tensor.to(job.device) for name, tensor in first.items()})
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, job: Job) -> Any:
+    """The learning-rate schedule, stepped once for each optimizer step; None for no schedule."""
+    options = job.config.lr_scheduler
+    if options is None or isinstance(options, Component):
+        return instantiate(options, optimizer)
+    warmup = options.warmup_steps
+    if warmup is None:
+        warmup = round(options.warmup_ratio * job.steps)
+    return schedule(optimizer, options.name, steps=job.steps, warmup_steps=warmup)
+
+
+def evaluate(program: Program, job: Job) -> dict[str, float]:
+    """Loss on held-out data, and perplexity on unrelated text, of what the config names."""
+    results: dict[str, float] = {}
+    if job.dataset_val is not None:
+        results["heldout_loss"] = evaluate_loss(program, job.batches(job.dataset_val))
+    if job.retention is not None:
+        results["retention_perplexity"] = math.exp(
+            evaluate_loss(program, job.batches(job.retention))
+        )
+    return results
+
+
+def save(program: Program, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+    """The adapter in PEFT's layout, or, where all weights trained, the model in Hugging Face's."""
+    if any(row.name == "lora" for row in program.ledger):
+        to_peft(program, run.adapter_dir)
+    else:
+        to_hf(program, run.model_dir, tokenizer=tokenizer)
+    if run.metrics():
+        run.plot_loss()
+
+
+def report(
+    run: Run,
+    before: dict[str, float],
+    after: dict[str, float],
+    trained: dict[str, float],
+    clock: Clock,
+    console: Console,
+) -> None:
+    """Write the summary, and print it."""
+    summary: dict[str, Any] = {"before": before, "after": after, "train": trained}
+    summary["seconds"] = {name: round(spent, 2) for name, spent in clock.seconds.items()}
+    run.write_summary(summary)
+    if "heldout_loss" in after:
+        drop = before["heldout_loss"] - after["heldout_loss"]
+        console.print(
+            f"held-out loss {before['heldout_loss']:.4f} → {after['heldout_loss']:.4f} "
+            f"({-drop:+.4f} nats per token)",
+            highlight=False,
+        )
+    if "retention_perplexity" in after:
+        ratio = after["retention_perplexity"] / before["retention_perplexity"]
+        verdict = "kept" if ratio <= RETENTION_LIMIT else "FORGOT: lower the rate, or train less"
+        console.print(
+            f"unrelated text, perplexity {before['retention_perplexity']:.2f} → "
+            f"{after['retention_perplexity']:.2f} ({ratio - 1:+.1%}; {verdict})",
+            highlight=False,
+        )
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items())
+    console.print(f"{spent}; {trained['tokens_per_s']:,.0f} tokens/s", highlight=False)
+    console.print(f"saved in {run.folder}", highlight=False)
+
+
+class Clock:
+    """Seconds spent in each phase of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
