@@ -48,30 +48,30 @@ def run(config: DictConfig) -> Run:
         KeyboardInterrupt: after what was learned so far has been saved.
     """
     console = Console()
-    clock = Clock()
-    with clock.phase("prepare"):
+    clock = Clock(console)
+    with clock.phase("prepare", "reading config and data"):
         job = prepare(config)
     cfg = job.config
     run = Run.create(cfg.output_dir, to_yaml(cfg))
     torch.manual_seed(cfg.seed)
-    with clock.phase("load"), console.status("loading the model"):
+    with clock.phase("load", "loading the model"):
         model = load_model(**vars(cfg.model), device=job.device)
-    with clock.phase("capture"), console.status("capturing the graph"):
+    with clock.phase("capture", "capturing the graph"):
         program = capture(model)
-    with clock.phase("passes"), console.status("applying passes"):
+    with clock.phase("passes", "applying passes"):
         program = program.apply(*job.passes)
     del model
     console.print(program, highlight=False)
 
-    with clock.phase("evaluate"), console.status("evaluating before training"):
+    with clock.phase("evaluate", "evaluating before training"):
         before = evaluate(program, job)
     trained: dict[str, float] = {}
     try:
         trained = train(program, job, run, clock, console)
     finally:  # also after Ctrl-C, or an error in the middle of the night
-        with clock.phase("save"):
+        with clock.phase("save", "saving"):
             save(program, job.tokenizer, run)
-    with clock.phase("evaluate"), console.status("evaluating after training"):
+    with clock.phase("evaluate", "evaluating after training"):
         after = evaluate(program, job)
     report(run, before, after, trained, clock, console)
     return run
@@ -167,11 +167,11 @@ def train(program: Program, job: Job, run: Run, clock: Clock, console: Console) 
     optimizer = instantiate(cfg.optimizer, list(program.trainable_parameters()))
     scheduler = make_scheduler(optimizer, job)
     step = compile_step(program, optimizer, compile=cfg.compile, clip_grad_norm=cfg.clip_grad_norm)
-    with clock.phase("compile"), console.status("compiling the step, and checking its gradients"):
+    with clock.phase("compile", "compiling the step, and checking its gradients"):
         warm_up(step, job)
 
     tokens, seconds = 0, 0.0
-    with clock.phase("train"), TrainingProgress(steps, console) as progress:
+    with clock.phase("train", "training"), TrainingProgress(steps, console) as progress:
         for number, group in enumerate(itertools.islice(groups(job), steps), start=1):
             start = time.perf_counter()
             on_device = [{k: v.to(job.device) for k, v in one.items()} for one in group]
@@ -288,13 +288,15 @@ def report(
 
 
 class Clock:
-    """Seconds spent in each phase of a run."""
+    """Seconds spent in each phase of a run; says which one is going on."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, doing: str) -> Iterator[None]:
+        self.console.print(doing, style="dim")
         start = time.perf_counter()
         try:
             yield

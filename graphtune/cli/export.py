@@ -29,18 +29,18 @@ def export(
 
     Example: graphtune export runs/quickstart --to executorch
     """
-    from graphtune.export import to_executorch, to_hf, to_peft
+    import graphtune.export as targets  # torch is slow to import, and --help should not be
     from graphtune.passes import Merge
     from graphtune.recipes import load_run
 
     folder = output or Path(run) / to
     program, tokenizer = load_run(run)
     if to == "peft":
-        print(f"saved {to_peft(program, folder)}")
+        print(f"saved {targets.to_peft(program, folder)}")
         return
     if program.ledger:
         program = program.apply(Merge())
     if to == "hf":
-        print(f"saved {to_hf(program, folder, tokenizer=tokenizer)}")
+        print(f"saved {targets.to_hf(program, folder, tokenizer=tokenizer)}")
     else:
-        print(to_executorch(program, folder, max_seq_len=max_seq_len, tokenizer=tokenizer))
+        print(targets.to_executorch(program, folder, max_seq_len=max_seq_len, tokenizer=tokenizer))
