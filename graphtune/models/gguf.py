@@ -133,7 +133,7 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     read_metadata(path)  # a damaged file is refused here, with a clear message
     architecture, content, settings = get_gguf_tokenizer(str(path))
     backend, _ = convert_gguf_tokenizer(architecture, content)
-    backend = (lambda b, n: b)(backend, len(content["tokens"]))
+    backend = _without_foreign_tokens(backend, len(content["tokens"]))
     if content.get("tokenizer_type") == "gpt2":  # byte-level BPE; only it has families
         family = content.get("pre_tokenizer_type", "default")
         if family in _REPAIRS:

@@ -102,7 +102,7 @@ def _empty_model(
     with _as_user_error(id), torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
             config,
-            dtype=None if dtype == "auto" else dtype,
+            dtype=config.dtype if dtype == "auto" else dtype,
             attn_implementation="sdpa",
             trust_remote_code=trust_remote_code,
         )

@@ -1,0 +1,142 @@
+"""Ids and options of load_model, load_tokenizer and load_config."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from graphtune.errors import UserError
+from graphtune.models import load_config, load_model, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bfloat16 Llama with a tokenizer, as save_pretrained writes them."""
+    path = tmp_path_factory.mktemp("tiny-llama")
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(path)
+    vocabulary = {"</s>": 0} | {chr(97 + i): i + 1 for i in range(26)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(path)
+    return path
+
+
+def test_a_folder_loads_ready_for_capture(folder: Path) -> None:
+    model = load_model(folder)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert model.training
+    assert model.config.use_cache is False
+    assert model.config._attn_implementation == "sdpa"
+    assert model.graphtune_source == str(folder)
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("auto", torch.float32),  # half precision is slow on a CPU
+        ("bf16", torch.bfloat16),
+        ("bfloat16", torch.bfloat16),
+        ("fp32", torch.float32),
+        ("float32", torch.float32),
+        ("fp16", torch.float16),
+        ("float16", torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtype(folder: Path, given: torch.dtype | str, expected: torch.dtype) -> None:
+    dtypes = {parameter.dtype for parameter in load_model(folder, dtype=given).parameters()}
+    assert dtypes == {expected}
+
+
+def test_device(folder: Path) -> None:
+    model = load_model(folder, device="meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    # The checkpoint's dtype where nothing is known against it.
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_config_is_read_without_weights(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    assert load_config(tmp_path).max_position_embeddings == 64
+    with pytest.raises(UserError, match="model.id: cannot load"):
+        load_model(tmp_path)
+
+
+def test_a_tokenizer_without_padding_gets_one_that_is_in_the_vocabulary(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pad_token_id == 0
+    assert len(tokenizer) == 27
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, load_config])
+@pytest.mark.parametrize(
+    "id", ["/no/such/folder", "./missing", "~/missing-model", "a/b/c", "missing.gguf", "", "runs/"]
+)
+def test_a_missing_path_is_refused_without_asking_the_hub(
+    load: Callable[[str], object], id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphtune.models.loading.HfApi", None)  # calling it would fail
+    with pytest.raises(UserError, match="^model.id: ") as info:
+        load(id)
+    assert repr(id) in str(info.value) and "\n" not in str(info.value)
+
+
+def test_a_missing_path_names_its_neighbour(folder: Path) -> None:
+    near = folder.with_name(folder.name.replace("llama", "lama"))
+    with pytest.raises(UserError, match=f"did you mean '{folder}'"):
+        load_model(near)
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model.id: .* holds no config.json"):
+        load_model(tmp_path)
+
+
+def test_a_file_that_is_not_gguf_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="model.id: .* not a .gguf one"):
+        load_model(folder / "model.safetensors")
+
+
+def test_a_hub_id_without_the_hub_is_refused_quickly() -> None:
+    start = time.monotonic()
+    with pytest.raises(UserError, match="model.id: 'no-such-owner/no-such-model'"):
+        load_model("no-such-owner/no-such-model")
+    assert time.monotonic() - start < 10  # transformers alone: half a minute of retries
+
+
+def test_weights_that_are_quantized_already_are_refused(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="model.id: .*quantized already"):
+        load_model(tmp_path)
+
+
+def test_an_unknown_dtype_or_device_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="model.dtype: 'bf17' is unknown; did you mean 'bf16'"):
+        load_model(folder, dtype="bf17")
+    with pytest.raises(UserError, match="model.device: 'gpu'"):
+        load_model(folder, device="gpu")
+
+
+def test_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(UserError, match="model.id: cannot load"):
+        load_model(tmp_path)
