@@ -1,64 +1,145 @@
-"""Merged models in the Hugging Face layout."""
+"""A merged model in Hugging Face's layout, which transformers, vLLM and others load."""
 
 from __future__ import annotations
 
 import copy
+import os
 import shutil
-import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from huggingface_hub import save_torch_state_dict
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from graphtune.errors import UserError
-from graphtune.program import Program
 
 
 def to_hf(
-    program: Program,
+    program: nn.Module,
     out_dir: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Write a program's weights so that `AutoModelForCausalLM.from_pretrained` loads them.
+    """Write a model so that `AutoModelForCausalLM.from_pretrained(out_dir)` gives it back.
+
+    The folder appears whole or not at all: safetensors shards (with an index if there are
+    several), `config.json`, `generation_config.json` and the tokenizer's files.
 
     Args:
-        program: of a `transformers` model, without adapters (see `Merge`).
-        out_dir: must not hold anything; appears whole or not at all.
+        program: a Program whose adapters are merged, or any module with a `transformers`
+            `.config` and a `state_dict` in Hugging Face's keys.
+        out_dir: made if missing; must be empty.
         tokenizer: saved beside the weights.
-        max_shard_size: largest safetensors file; an index ties several together.
+        max_shard_size: bytes, or a string as `"5GB"`; a larger tensor has a shard of its own.
+
+    Returns:
+        The folder.
 
     Raises:
-        UserError: the folder is in use, the program has adapters, or no `transformers` config.
+        UserError: `out_dir` holds something, the program has no config, or adapters that are
+            not merged.
     """
     folder = Path(out_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"export: {folder} exists and is not empty; choose a new folder")
-    if program.config is None:
-        raise UserError("export.hf: the program has no transformers config; it was no HF model")
+    _check_free(folder)
     state = program.state_dict()
-    if adapters := [name for name in state if ".lora_" in name]:
-        raise UserError(f"export.hf: apply Merge first, the program has {adapters[0]}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    _check_merged(state)
+    config = _config_of(program, state)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
     try:
-        save_torch_state_dict(state, temporary, max_shard_size=max_shard_size)
-        config = copy.deepcopy(program.config)
-        config.dtype = next(program.parameters()).dtype
-        config.use_cache = True  # capture switched it off
-        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-        if head in state and embedding in state:
-            config.tie_word_embeddings = state[head].data_ptr() == state[embedding].data_ptr()
-        config.save_pretrained(temporary)
-        GenerationConfig.from_model_config(config).save_pretrained(temporary)
+        config.save_pretrained(partial)
+        _generation_config_of(program, config).save_pretrained(partial)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
+            tokenizer.save_pretrained(partial)
+        save_torch_state_dict(
+            state,
+            partial,
+            max_shard_size=max_shard_size,
+            shared_tensors_to_discard=_second_names(state),
+        )
         if folder.exists():
             folder.rmdir()
-        temporary.rename(folder)
+        partial.rename(folder)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"`out_dir={folder}` is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"`out_dir={folder}` is not empty; name a new folder, or clear this one")
+
+
+def _check_merged(state: Mapping[str, Tensor]) -> None:
+    # transformers would ignore the extra keys, and load the base model without a word.
+    if adapter := next((name for name in state if ".lora_" in name), None):
+        raise UserError(
+            f"to_hf: the program has adapters that are not merged ({adapter}); "
+            "apply Merge() first, or save them with to_peft"
+        )
+
+
+def _config_of(program: nn.Module, state: Mapping[str, Tensor]) -> PreTrainedConfig:
+    """The program's config, made to tell the truth about the tensors that are saved."""
+    config = copy.deepcopy(getattr(program, "config", None))
+    if not isinstance(config, PreTrainedConfig):
+        raise UserError(
+            f"to_hf: the {type(program).__name__} has no transformers config, so that no one "
+            "could load what it writes; capture a transformers model"
+        )
+    config.dtype = str(_main_dtype(state)).removeprefix("torch.")
+    if hasattr(config, "quantization_config"):  # of the file it was loaded from
+        del config.quantization_config
+    config.use_cache = True  # load_model turns it off, for training
+    info = getattr(program, "info", None)
+    config.architectures = [info.model_class if info else type(program).__name__]
+    tied = _embedding_is_tied(state, config.get_text_config().vocab_size)
+    if tied is not None:
+        config.tie_word_embeddings = tied
+        config.get_text_config().tie_word_embeddings = tied
+    return config
+
+
+def _main_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
+    """The floating dtype that most weights have."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] += tensor.numel()
+    return sizes.most_common(1)[0][0]
+
+
+def _second_names(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that an earlier name has too.
+
+    A module's order puts the input embedding before the output head that is tied to it, and the
+    embedding's name is the one that loaders look for.
+    """
+    first: dict[tuple[int, int], str] = {}
+    return [
+        name
+        for name, tensor in state.items()
+        if first.setdefault((tensor.data_ptr(), tensor.numel()), name) != name
+    ]
+
+
+def _embedding_is_tied(state: Mapping[str, Tensor], vocab_size: int) -> bool | None:
+    """Whether the output head is the input embedding; None if only one of them is there.
+
+    Merging an adapter into a tied head unties it, and a config that still says "tied" would
+    make the loader throw the merged head away.
+    """
+    tables = {n: t for n, t in state.items() if t.dim() == 2 and t.shape[0] == vocab_size}
+    return bool(_second_names(tables)) if len(tables) > 1 else None
+
+
+def _generation_config_of(program: nn.Module, config: PreTrainedConfig) -> GenerationConfig:
+    own = getattr(program, "generation_config", None)
+    return own if own is not None else GenerationConfig.from_model_config(config)

@@ -81,7 +81,7 @@ def _quiet_libraries() -> None:
     for name in ("torchao", "torch.utils._pytree"):  # kernels that other devices have; enums
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _report(message: str, debug: bool) -> None:

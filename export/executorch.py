@@ -1,0 +1,451 @@
+"""Lower a program to an ExecuTorch file for CPUs (XNNPACK), and prove the file before keeping it.
+
+The file has one method, `forward(input_ids (1, seq)) -> logits (1, seq, vocab)`, without a
+key-value cache, and the constants that ExecuTorch's LLM runner asks for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from graphtune.errors import UserError
+
+if TYPE_CHECKING:
+    from executorch.exir import EdgeProgramManager
+    from executorch.runtime import Method
+    from transformers import PreTrainedTokenizerBase
+
+MODEL = "model.pte"
+TOKENIZER = "tokenizer.json"
+MANIFEST = "manifest.json"
+_PROBE = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all."
+_PROBE_TOKENS = 16
+_MATMULS = {f"aten.{name}.default" for name in ("linear", "addmm", "mm", "bmm", "matmul")}
+_SDPA = (
+    nn.functional.scaled_dot_product_attention,  # in a model
+    torch.ops.aten.scaled_dot_product_attention.default,  # in a captured graph
+)
+
+
+@dataclass(frozen=True)
+class ExecutorchReport:
+    """What `to_executorch` made, and how far it is from the eager program.
+
+    Attributes:
+        path: the `.pte` file.
+        size_bytes: its size.
+        lowering_s: seconds from the program to the written file.
+        load_s: seconds to load it into the runtime.
+        max_abs_diff: largest |difference| of a logit to eager, over the probe's two lengths.
+        max_abs_logit: largest |logit| there, for scale.
+        full_length_rms_diff: root mean square of the differences at `max_seq_len` tokens.
+        full_length_max_diff: the largest of them.
+        delegates: number of subgraphs that XNNPACK runs.
+        coverage: operator -> (nodes that XNNPACK runs, nodes that it does not).
+        prefill_tokens_per_s: at `max_seq_len` tokens, on this machine.
+    """
+
+    path: Path
+    size_bytes: int
+    lowering_s: float
+    load_s: float
+    max_abs_diff: float
+    max_abs_logit: float
+    full_length_rms_diff: float
+    full_length_max_diff: float
+    delegates: int
+    coverage: Mapping[str, tuple[int, int]]
+    prefill_tokens_per_s: float
+
+    @property
+    def delegated_nodes(self) -> int:
+        return sum(inside for inside, _ in self.coverage.values())
+
+    @property
+    def undelegated_nodes(self) -> int:
+        return sum(outside for _, outside in self.coverage.values())
+
+
+def to_executorch(
+    program: nn.Module,
+    out_dir: str | Path,
+    *,
+    max_seq_len: int = 512,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tolerance: float = 1e-4,
+) -> ExecutorchReport:
+    """Lower a float32 program to `model.pte`, run it, and keep it only if it agrees with eager.
+
+    Beside it lie `tokenizer.json`, if a tokenizer is given, and `manifest.json` with the sizes
+    and SHA-256 of both. `model.pte` is replaced only by a file that was verified.
+
+    Two float32 programs that sum in another order differ too, and more so the larger the
+    logits, the deeper the model and the longer the prompt. Therefore `tolerance` bounds the
+    largest difference on a short prompt (two lengths, at most 16 tokens), and the root mean
+    square at the full length, where an error of lowering (a mask, a position) would be large.
+
+    Args:
+        program: forward takes `input_ids`, `attention_mask` (bool, batch x 1 x seq x seq) and
+            `position_ids`, and returns logits (batch, seq, vocab); adapters merged, on the CPU.
+        out_dir: made if missing.
+        max_seq_len: tokens that the file takes at most; its memory is planned for that many.
+        tokenizer: gives the ids of its special tokens and the text of the probe.
+        tolerance: in units of logits.
+
+    Raises:
+        UserError: executorch is not installed; the program is not float32 or not on the CPU;
+            `max_seq_len` does not suit the model; a matrix product with a weight would not run
+            in XNNPACK.
+        RuntimeError: the file's logits differ by `tolerance` or more from the eager ones.
+    """
+    _require_executorch()
+    _check(program, max_seq_len)
+    tokenizer_json = _tokenizer_json(tokenizer)
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{MODEL}.partial-{os.getpid()}"
+    try:
+        with _evaluating(program), torch.no_grad():
+            probe, vocab_size = _probe(program, tokenizer, max_seq_len)
+            metadata = _metadata(program, tokenizer, max_seq_len, vocab_size)
+            start = time.perf_counter()
+            delegates, coverage = _lower(program, partial, max_seq_len, metadata)
+            lowering_s = time.perf_counter() - start
+            measured = _verify(program, partial, probe, tolerance)
+        report = ExecutorchReport(
+            path=folder / MODEL,
+            size_bytes=partial.stat().st_size,
+            lowering_s=lowering_s,
+            delegates=delegates,
+            coverage=coverage,
+            **measured,
+        )
+        partial.replace(report.path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _write_beside(report, tokenizer_json, metadata)
+    return report
+
+
+def _require_executorch() -> None:
+    try:
+        importlib.import_module("executorch.exir")
+    except ImportError as error:
+        raise UserError(
+            f"exporting to ExecuTorch needs executorch ({error}): pip install graphtune[executorch]"
+        ) from error
+
+
+def _check(program: nn.Module, max_seq_len: int) -> None:
+    positions = getattr(getattr(program, "config", None), "max_position_embeddings", None)
+    if max_seq_len < 2 or (positions and max_seq_len > positions):
+        raise UserError(
+            f"`max_seq_len={max_seq_len}` must be at least 2 and at most the model's "
+            f"positions, {positions or 'without a limit'}"
+        )
+    for name, tensor in [*program.named_parameters(), *program.named_buffers()]:
+        if tensor.device.type != "cpu":
+            raise UserError(f"to_executorch: {name} is on {tensor.device}; program.to('cpu') first")
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise UserError(
+                f"to_executorch: {name} is {tensor.dtype}, and XNNPACK is given float32; "
+                "load the model with dtype=float32"
+            )
+
+
+@contextmanager
+def _evaluating(program: nn.Module) -> Iterator[None]:
+    was_training = program.training
+    program.train(False)
+    try:
+        yield
+    finally:
+        program.train(was_training)
+
+
+# ---------------------------------------------------------------------------- lowering
+
+
+class _OnDevice(nn.Module):
+    """The program as the device calls it: one row of tokens, causal, counted from 0."""
+
+    def __init__(self, program: nn.Module) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        position = torch.arange(input_ids.shape[1])
+        mask = (position[:, None] >= position[None, :])[None, None]
+        out = self.program(input_ids=input_ids, attention_mask=mask, position_ids=position[None])
+        return out if isinstance(out, Tensor) else out.logits
+
+
+class _PlainAttention(TorchFunctionMode):
+    """Traces attention as two `bmm` around a softmax, over an additive mask that layers share.
+
+    PyTorch's own decomposition asks in each layer whether a row of the mask is empty, with
+    elementwise operators on (heads, seq, seq) that XNNPACK has not. A causal row never is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._biases: dict[int, tuple[Tensor, Tensor]] = {}  # keeps the mask, and so its id
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _SDPA:
+            return self._attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,  # a device does not drop
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        _, heads, length, width = query.shape
+        if key.shape[1] != heads:
+            key = key.repeat_interleave(heads // key.shape[1], dim=1)
+            value = value.repeat_interleave(heads // value.shape[1], dim=1)
+        query = query * (width**-0.5 if scale is None else scale)
+        scores = torch.bmm(
+            query.reshape(heads, -1, width), key.reshape(heads, -1, width).transpose(1, 2)
+        )
+        if is_causal:
+            attn_mask = torch.ones(1, 1, length, key.shape[2], dtype=torch.bool).tril()
+        if attn_mask is not None:
+            scores = scores + self._bias(attn_mask)
+        weights = torch.softmax(scores, dim=-1)
+        return torch.bmm(weights, value.reshape(heads, -1, value.shape[3])).unsqueeze(0)
+
+    def _bias(self, mask: Tensor) -> Tensor:
+        if id(mask) not in self._biases:
+            bias = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
+            self._biases[id(mask)] = (mask, bias.squeeze(0))
+        return self._biases[id(mask)][1]
+
+
+def _lower(
+    program: nn.Module, path: Path, max_seq_len: int, metadata: Mapping[str, Any]
+) -> tuple[int, dict[str, tuple[int, int]]]:
+    """Write the file; returns the number of delegates, and the coverage by operator."""
+    from executorch.exir import to_edge_transform_and_lower
+
+    example = torch.zeros(1, max(2, max_seq_len // 2), dtype=torch.int64)
+    seq = torch.export.Dim("seq", min=1, max=max_seq_len)
+    with warnings.catch_warnings():
+        # ExecuTorch copies pytree specs by a name that torch 2.13 deprecates, at each delegate.
+        warnings.simplefilter("ignore", FutureWarning)
+        with _PlainAttention():
+            # Non-strict: Dynamo does not trace a graph that torch.export made before.
+            exported = torch.export.export(
+                _OnDevice(program), (example,), dynamic_shapes=({1: seq},), strict=False
+            )
+        edge = to_edge_transform_and_lower(
+            exported, partitioner=[_partitioner()], constant_methods=dict(metadata)
+        )
+        if missed := undelegated_matmuls(edge):
+            raise UserError(
+                f"to_executorch: {len(missed)} matrix products with a weight would not run in "
+                f"XNNPACK, the first is {missed[0]}; a file with them would be slow"
+            )
+        coverage = _coverage(edge)  # before to_executorch, which adds memory to the graph
+        with path.open("wb") as file:
+            edge.to_executorch().write_to_file(file)
+    return coverage
+
+
+def _partitioner() -> Any:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    return XnnpackPartitioner()
+
+
+def undelegated_matmuls(edge: EdgeProgramManager) -> list[str]:
+    """Names of the matrix products with a constant operand that no delegate runs."""
+    program = edge.exported_program()
+    signature = program.graph_signature
+    constants = {
+        *signature.inputs_to_parameters,
+        *signature.inputs_to_buffers,
+        *signature.inputs_to_lifted_tensor_constants,
+    }
+
+    def is_constant(node: fx.Node) -> bool:  # a weight, or a weight transposed or dequantized
+        inputs = node.all_input_nodes
+        return node.name in constants or (bool(inputs) and all(map(is_constant, inputs)))
+
+    return [
+        node.name
+        for node in program.graph.nodes
+        if getattr(node.target, "__name__", "") in _MATMULS
+        and any(map(is_constant, node.all_input_nodes))
+    ]
+
+
+def _coverage(edge: EdgeProgramManager) -> tuple[int, dict[str, tuple[int, int]]]:
+    from executorch.devtools.backend_debug import get_delegation_info
+
+    info = get_delegation_info(edge.exported_program().graph_module)
+    coverage = {
+        name: (count.delegated, count.non_delegated)
+        for name, count in sorted(info.delegation_by_operator.items())
+        if name != "getitem"  # the outputs of delegates, not work
+    }
+    return info.num_delegated_subgraphs, coverage
+
+
+def _metadata(
+    program: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_seq_len: int,
+    vocab_size: int,
+) -> dict[str, Any]:
+    """The constants that ExecuTorch's LLM runner reads (extension/llm/runner/constants.h)."""
+    sources = (
+        getattr(program, "generation_config", None),
+        getattr(program, "config", None),
+        tokenizer,
+    )
+    bos = [i for s in sources if (i := getattr(s, "bos_token_id", None)) is not None]
+    eos: dict[int, None] = {}  # in order, each once
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        eos.update(dict.fromkeys([] if ids is None else ids if isinstance(ids, list) else [ids]))
+    metadata: dict[str, Any] = {
+        "get_max_seq_len": max_seq_len,
+        "get_max_context_len": max_seq_len,
+        "get_vocab_size": vocab_size,
+        "use_kv_cache": False,
+        "use_sdpa_with_kv_cache": False,
+        "enable_dynamic_shape": True,
+    }
+    if bos:
+        metadata["get_bos_id"] = bos[0]
+    if eos:
+        metadata["get_eos_ids"] = list(eos)
+    return metadata
+
+
+# ---------------------------------------------------------------------------- verification
+
+
+def _probe(
+    program: nn.Module, tokenizer: PreTrainedTokenizerBase | None, max_seq_len: int
+) -> tuple[Tensor, int]:
+    """Token ids (1, max_seq_len) to compare on, and the size of the vocabulary."""
+    vocab_size = _OnDevice(program)(torch.zeros(1, 2, dtype=torch.int64)).shape[-1]
+    if tokenizer is not None:
+        ids = torch.tensor(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+    else:
+        ids = (torch.arange(max_seq_len) * 7919 + 1) % vocab_size
+    repeats = -(-max_seq_len // ids.numel())
+    return ids.repeat(repeats)[None, :max_seq_len].contiguous(), vocab_size
+
+
+def _verify(program: nn.Module, path: Path, probe: Tensor, tolerance: float) -> dict[str, float]:
+    """Run the file beside the eager program; what was measured, by the report's names."""
+    from executorch.runtime import Runtime
+
+    start = time.perf_counter()
+    method = Runtime.get().load_program(path).load_method("forward")
+    load_s = time.perf_counter() - start
+
+    longest = min(_PROBE_TOKENS, probe.shape[1])
+    lengths = (max(1, longest // 3), longest, probe.shape[1])
+    *short, full = [_compare(program, method, probe[:, :length]) for length in lengths]
+    measured = {
+        "max_abs_diff": max(largest for largest, _, _ in short),
+        "max_abs_logit": max(logit for _, _, logit in short),
+        "full_length_max_diff": full[0],
+        "full_length_rms_diff": full[1],
+    }
+    for name in ("max_abs_diff", "full_length_rms_diff"):
+        if not measured[name] < tolerance:  # NaN is not less
+            raise RuntimeError(
+                f"the lowered program disagrees with the eager one: {name} is "
+                f"{measured[name]:.3g}, not below the tolerance of {tolerance:g} (logits reach "
+                f"{measured['max_abs_logit']:.3g}); no file was kept"
+            )
+    start = time.perf_counter()
+    method.execute([probe])
+    prefill = probe.shape[1] / (time.perf_counter() - start)
+    return {**measured, "load_s": load_s, "prefill_tokens_per_s": prefill}
+
+
+def _compare(program: nn.Module, method: Method, ids: Tensor) -> tuple[float, float, float]:
+    """Largest and root mean square |difference|, and the largest |logit|, over all positions."""
+    expected = _OnDevice(program)(ids)
+    difference = method.execute([ids.contiguous()])[0] - expected
+    rms = difference.square().mean().sqrt().item()
+    return difference.abs().max().item(), rms, expected.abs().max().item()
+
+
+# ---------------------------------------------------------------------------- beside the file
+
+
+def _tokenizer_json(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            f"to_executorch: a {type(tokenizer).__name__} has no tokenizer.json form, which the "
+            "device reads; load a fast tokenizer, or pass no tokenizer"
+        )
+    return backend.to_str(pretty=True)
+
+
+def _write_beside(
+    report: ExecutorchReport, tokenizer_json: str | None, metadata: Mapping[str, Any]
+) -> None:
+    folder = report.path.parent
+    names = [MODEL]
+    if tokenizer_json is not None:
+        _write(folder / TOKENIZER, tokenizer_json)
+        names.append(TOKENIZER)
+    manifest = {
+        "files": {name: _fingerprint(folder / name) for name in names},
+        "metadata": dict(metadata),
+        "report": {
+            **{k: v for k, v in asdict(report).items() if k not in ("path", "coverage")},
+            "delegated_nodes": report.delegated_nodes,
+            "undelegated_nodes": report.undelegated_nodes,
+        },
+        "versions": {n: importlib.metadata.version(n) for n in ("torch", "executorch")},
+    }
+    _write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
