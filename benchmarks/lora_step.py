@@ -106,7 +106,7 @@ def main() -> None:
             f"{contender:20} {result['step_s']:8.2f} "
             f"{args.batch * args.length / result['step_s']:9.0f} "
             f"{reference / result['step_s']:6.2f} {result['first_step_s']:13.1f} "
-            f"{result['peak_gib']:5.2f}   loss {result['losses'][0]:.4f} → {result['losses'][1]:.4f}"
+            f"{result['peak_gib']:5.2f}   loss {' → '.join(f'{x:.4f}' for x in result['losses'])}"
         )
 
 
