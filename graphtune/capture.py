@@ -57,8 +57,8 @@ def _check(model: nn.Module) -> None:
         )
     if getattr(model, "is_activation_checkpointing", False):
         raise UserError(
-            "capture: the model has gradient checkpointing on, which a graph would lose; call "
-            "model.gradient_checkpointing_disable()"
+            "capture: the model has activation checkpointing on, which a graph would lose; call "
+            "model.activation_checkpointing_disable()"
         )
 
 

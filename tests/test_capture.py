@@ -158,10 +158,10 @@ def test_compiled_program_switches_dropout():
     assert torch.equal(compiled(ids), compiled(ids))
 
 
-def test_refuses_gradient_checkpointing():
+def test_refuses_activation_checkpointing():
     model = tiny_model("llama")
-    model.gradient_checkpointing_enable()
-    with pytest.raises(gt.UserError, match="gradient_checkpointing_disable"):
+    model.activation_checkpointing_enable()
+    with pytest.raises(gt.UserError, match="activation_checkpointing_disable"):
         gt.capture(model)
 
 

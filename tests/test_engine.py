@@ -61,6 +61,7 @@ def test_clipping_bounds_the_step_and_reports_the_whole_norm():
 
 def test_compiled_losses_are_eager_ones():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     eager, compiled = tuned(), tuned()
     eager_step, compiled_step = make_step(eager, compile=False), make_step(compiled, compile=True)
     assert compiled_step.check(batch(2, 8, 0)) < 1e-3
