@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from graphtune.rewrite import insert_call
 from graphtune.sites import find_sites
-from graphtune.torch_private import is_grad_mode_block
+from graphtune.torch_private import is_grad_mode_block, propagate
 
 aten = torch.ops.aten
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -39,6 +39,7 @@ def normalize(
     keep_only_logits(graph, out_spec)
     set_inputs(graph, windows)
     drop_noise(graph)
+    count_in_float(graph)
     follow_input_device(graph)
     switch_dropout(graph)
     read_own_weights(graph, parameters)
@@ -101,30 +102,52 @@ def keep_only_logits(graph: fx.Graph, out_spec: Any) -> None:
 
 
 def set_inputs(graph: fx.Graph, windows: Mapping[str, int | None]) -> None:
-    """Give the graph its three inputs, and each kind of layer its mask made from the one."""
+    """Give the graph its three inputs, and each kind of layer its mask made from the one.
+
+    The one is boolean. A layer whose mask was traced as a floating tensor adds it to its scores.
+    """
     old = {node.name: node for node in graph.find_nodes(op="placeholder")}
     kind_of = {f"attention_mask_{kind}": kind for kind in windows}
     if len(windows) == 1:
         kind_of = {"attention_mask": next(iter(windows))}
-    metas = {name: old[name].meta for name in INPUTS if name in old}
-    metas["attention_mask"] = old[next(iter(kind_of))].meta
-    metas.setdefault("position_ids", metas["input_ids"])
+    metas = {name: dict(old[name].meta) for name in INPUTS if name in old}
+    metas["attention_mask"] = _boolean(old[next(iter(kind_of))].meta)
+    metas.setdefault("position_ids", dict(metas["input_ids"]))
     with graph.inserting_before(next(iter(graph.nodes))):
         new = {name: graph.placeholder(f"new_{name}") for name in INPUTS}
     for name, node in new.items():
-        node.meta = dict(metas[name])
+        node.meta = metas[name]
     with graph.inserting_before(next(n for n in graph.nodes if n.op == "call_function")):
         for name, node in old.items():
-            kind = kind_of.get(name)
-            window = windows[kind] if kind is not None else None
-            if window is not None:
-                node.replace_all_uses_with(_keep_window(graph, new["attention_mask"], window))
-            elif kind is not None or name in INPUTS:
-                node.replace_all_uses_with(new["attention_mask" if kind is not None else name])
+            if name in kind_of:
+                mask, window = new["attention_mask"], windows[kind_of[name]]
+                if window is not None:
+                    mask = _keep_window(graph, mask, window)
+                if node.meta["val"].is_floating_point():
+                    mask = _additive(graph, mask, node.meta["val"].dtype)
+                node.replace_all_uses_with(mask)
+            elif name in INPUTS:
+                node.replace_all_uses_with(new[name])
             graph.erase_node(node)
     for name, node in new.items():
         node.target = name
         node.name = name
+
+
+def _boolean(meta: Mapping[str, Any]) -> dict[str, Any]:
+    value = meta["val"]
+    kwargs = {"dtype": torch.bool}
+    return {**meta, "val": propagate(value, aten.empty_like.default, (value,), kwargs)}
+
+
+def _additive(graph: fx.Graph, mask: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """A boolean mask as a term of attention scores: 0 where True, else the dtype's least value."""
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return insert_call(graph, target, *args, origin=mask, by=BY, **kwargs)
+
+    least = call(aten.full_like.default, mask, torch.finfo(dtype).min, dtype=dtype)
+    return call(aten.masked_fill.Scalar, least, mask, 0.0)
 
 
 def _keep_window(graph: fx.Graph, mask: fx.Node, window: int) -> fx.Node:
@@ -141,11 +164,15 @@ def _keep_window(graph: fx.Graph, mask: fx.Node, window: int) -> fx.Node:
 
 
 def drop_noise(graph: fx.Graph) -> None:
-    """Drop assertions on metadata, aliases, and casts to the dtype that a tensor has."""
+    """Drop assertions on metadata, aliases, and casts and copies that do nothing.
+
+    Whether a tensor was contiguous already, so that no copy was recorded, differs by the device
+    that was traced; `reshape` copies by itself where it must.
+    """
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif node.target is aten.alias.default or _casts_to_same(node):
+        elif node.target is aten.alias.default or _casts_to_same(node) or _copies_to_reshape(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
@@ -157,6 +184,27 @@ def drop_placeholder_stacks(graph: fx.Graph) -> None:
             node.meta["nn_module_stack"] = {}
 
 
+def count_in_float(graph: fx.Graph) -> None:
+    """Let counts of tokens by expert be taken from floats, whatever device was traced.
+
+    `transformers` counts integers except on a CPU, which cannot; floats can be counted everywhere
+    and are exact up to 2**24 tokens.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.histc.default):
+        ids: Any = node.args[0]
+        if ids.meta["val"].is_floating_point():
+            continue
+        if ids.target is aten.to.dtype:
+            ids = ids.args[0]
+        with graph.inserting_before(node):
+            cast = insert_call(graph, aten.to.dtype, ids, torch.float32, origin=node, by=BY)
+            count = insert_call(
+                graph, node.target, cast, *node.args[1:], origin=node, by=BY, **node.kwargs
+            )
+        node.replace_all_uses_with(count)
+        graph.erase_node(node)
+
+
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default)
 
 
@@ -165,6 +213,11 @@ def _casts_to_same(node: fx.Node) -> bool:
         return False
     before, after = node.args[0].meta["val"], node.meta["val"]
     return before.dtype == after.dtype and before.device == after.device
+
+
+def _copies_to_reshape(node: fx.Node) -> bool:
+    reshaped = all(user.target is aten.reshape.default for user in node.users)
+    return node.target is aten.contiguous.default and len(node.args) == 1 and reshaped
 
 
 def follow_input_device(graph: fx.Graph) -> None:
@@ -221,7 +274,7 @@ def read_own_weights(graph: fx.Graph, parameters: Mapping[str, nn.Parameter]) ->
     replacing the weight of one (quantizing `lm_head`) cannot leak into the other.
     """
     for site in list(find_sites(graph)):
-        if site.kind == "attention" or site.weight.op != "get_attr":
+        if site.weight is None or site.weight.op != "get_attr":
             continue
         own = f"{site.name}.weight"
         shared: Tensor | None = parameters.get(own)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import graphtune as gt
 from graphtune.data import collate_packed, pack
+from graphtune.program import Program
 from tests.oracles.models import (
     FAMILIES,
     assert_same_tensors,
@@ -17,6 +18,12 @@ from tests.oracles.models import (
 
 # Capture itself uses batch 3 and length 11.
 SIZES = [(2, 17), (4, 9)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Programs share one `forward`, and torch.compile gives up on code it met in many forms."""
+    torch.compiler.reset()
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -47,6 +54,44 @@ def test_padded_batch_is_bitwise_equal(pair):
     ).logits
     found = program(ids, padding)
     assert torch.equal(found[padding.bool()], expected[padding.bool()])
+
+
+def test_eager_attention_adds_the_mask_that_the_boolean_one_means():
+    model = tiny_model("gemma2")
+    assert model.config._attn_implementation == "eager"
+    program = gt.capture(model)
+    (placeholder,) = program.graph.find_nodes(op="placeholder", target="attention_mask")
+    assert placeholder.meta["val"].dtype == torch.bool
+    length = 14
+    query, key = torch.arange(length)[:, None], torch.arange(length)
+    allowed = torch.stack([key <= query, (key <= query) & ((key < 6) == (query < 6))])[:, None]
+    near = query - key < model.config.sliding_window
+    masks = {"full_attention": allowed, "sliding_attention": allowed & near}
+    least = torch.finfo(torch.float32).min
+    additive = {
+        kind: torch.where(mask, torch.tensor(0.0), torch.tensor(least))
+        for kind, mask in masks.items()
+    }
+    ids = random_ids(2, length)
+    expected = model(input_ids=ids, attention_mask=additive, use_cache=False).logits
+    found = program(ids, allowed)
+    assert torch.equal(found, expected)
+    assert_same_tensors(gradients(found, program), gradients(expected, model))
+
+
+def test_half_precision_adds_a_mask_of_its_own_dtype():
+    model = tiny_model("gemma2").bfloat16()
+    program = gt.capture(model)
+    ids = random_ids(2, 13)
+    assert torch.equal(program(ids), model(input_ids=ids, use_cache=False).logits)
+
+
+def test_eager_attention_is_captured_where_it_was_chosen():
+    model = tiny_model("qwen2")
+    model.set_attn_implementation("eager")
+    program = gt.capture(model)
+    ids = random_ids(2, 13)
+    assert torch.equal(program(ids), model(input_ids=ids, use_cache=False).logits)
 
 
 def test_packed_batch_equals_its_sequences(pair):
@@ -99,7 +144,43 @@ def test_captures_without_weights_on_the_meta_device():
     model = tiny_model("llama")
     program = gt.capture(model.to("meta"))
     assert all(parameter.is_meta for parameter in program.parameters())
-    assert program(random_ids(2, 6).to("meta")).shape == (2, 6, 128)
+    with pytest.raises(gt.UserError, match="no weights yet"):
+        program(random_ids(2, 6).to("meta"))
+
+
+def _shape(graph):
+    """A graph's nodes, with inputs by number: names may differ."""
+    number = {node: i for i, node in enumerate(graph.nodes)}
+    inputs = [fx.node.map_arg((n.args, n.kwargs), number.__getitem__) for n in graph.nodes]
+    return [(n.op, n.target, *given) for n, given in zip(graph.nodes, inputs, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, torch.float32) for family in [*sorted(FAMILIES), "gpt2"]),
+        *((family, torch.bfloat16) for family in ("gemma2", "gemma3", "mixtral")),
+    ],
+)
+def test_capture_without_weights_is_the_capture_with_them(family, dtype, tmp_path):
+    model = tiny_gpt2() if family == "gpt2" else tiny_model(family)
+    model.to(dtype).save_pretrained(tmp_path)
+    real = gt.capture(gt.load_model(tmp_path, dtype=dtype, device="cpu"))
+    empty = gt.capture(gt.load_model(tmp_path, dtype=dtype, device="meta"))
+    assert _shape(empty.graph) == _shape(real.graph)
+    weights, buffers = real.all_parameters(), empty.all_buffers()
+    assert empty.all_parameters().keys() == weights.keys()
+    assert len(list(empty.parameters())) == len(list(real.parameters()))  # tied as it is
+    for name, parameter in empty.all_parameters().items():
+        expected = (weights[name].shape, weights[name].dtype)
+        assert parameter.is_meta and (parameter.shape, parameter.dtype) == expected
+    assert_same_tensors(
+        {name: buffer for name, (buffer, _) in buffers.items()},
+        {name: buffer for name, (buffer, _) in real.all_buffers().items()},
+    )
+    filled = Program(empty.graph, weights, buffers, empty.info).train()
+    ids = random_ids(2, 13)
+    assert torch.equal(filled(ids), real(ids))
 
 
 class _Bigram(nn.Module):
@@ -124,6 +205,28 @@ def test_captures_any_module():
     ids = torch.randint(0, 16, (3, 7))
     mask = torch.ones(3, 1, 7, 7, dtype=torch.bool).tril()
     assert torch.equal(program(ids), model(ids, mask))
+
+
+class _Shifted(_Bigram):
+    def forward(self, input_ids, attention_mask):
+        shift = torch.tensor([0.5], device=input_ids.device)
+        return super().forward(input_ids, attention_mask) + shift
+
+
+def test_a_constant_of_forward_is_kept():
+    model = _Shifted()
+    program = gt.capture(model)
+    ids = torch.randint(0, 16, (3, 7))
+    mask = torch.ones(3, 1, 7, 7, dtype=torch.bool).tril()
+    assert torch.equal(program(ids), model(ids, mask))
+    assert program.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_constant_that_meta_tracing_loses_is_refused():
+    model = _Shifted().to("meta")
+    model.graphtune_buffers = {}
+    with pytest.raises(gt.UserError, match="makes a constant"):
+        gt.capture(model)
 
 
 def test_learned_positions_and_conv1d():
@@ -162,6 +265,17 @@ def test_refuses_activation_checkpointing():
     model = tiny_model("llama")
     model.activation_checkpointing_enable()
     with pytest.raises(gt.UserError, match="activation_checkpointing_disable"):
+        gt.capture(model)
+
+
+def test_refuses_what_no_graph_can_hold():
+    model = tiny_model("mixtral")
+    model.set_experts_implementation("eager")
+    with pytest.raises(gt.UserError, match="set_experts_implementation"):
+        gt.capture(model)
+    model = tiny_model("llama")
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(gt.UserError, match="'flex_attention'.*set_attn_implementation"):
         gt.capture(model)
 
 

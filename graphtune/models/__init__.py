@@ -1,5 +1,5 @@
 """Load plain transformers: the model, its tokenizer and its config, all by one id."""
 
-from graphtune.models.loading import load_config, load_model, load_tokenizer
+from graphtune.models.loading import load_config, load_model, load_tokenizer, resolve_dtype
 
-__all__ = ["load_config", "load_model", "load_tokenizer"]
+__all__ = ["load_config", "load_model", "load_tokenizer", "resolve_dtype"]

@@ -90,7 +90,6 @@ def load_gguf_model(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         config=load_gguf_config(path),
         quantization_config=GgufConfig(dequantize=True),
         dtype=dtype,
-        attn_implementation="sdpa",
     )
     _tie_equal_embeddings(model, path)
     return model

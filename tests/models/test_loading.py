@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from graphtune.errors import UserError
 from graphtune.models import load_config, load_model, load_tokenizer
+from graphtune.models.loading import resolve_dtype
+from tests.oracles.models import assert_same_tensors, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,53 @@ def test_device(folder: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+def test_the_dtype_that_a_later_device_wants() -> None:
+    assert resolve_dtype("auto", "cpu") == torch.float32
+    assert resolve_dtype("auto", "meta") == "auto"
+    assert resolve_dtype("bf16", "cpu") == torch.bfloat16
+    with pytest.raises(UserError, match="model.dtype"):
+        resolve_dtype("bf17", "cpu")
+
+
+def test_without_weights_constants_are_kept_aside(tmp_path: Path) -> None:
+    tiny_model("gemma2").save_pretrained(tmp_path)
+    real = load_model(tmp_path, device="cpu")
+    empty = load_model(tmp_path, device="meta")
+    assert {buffer.device.type for buffer in empty.buffers()} == {"meta"}
+    assert "model.rotary_emb.inv_freq" in empty.graphtune_buffers
+    assert_same_tensors(empty.graphtune_buffers, dict(real.named_buffers()))
+    assert empty.state_dict().keys() == real.state_dict().keys()
+    assert empty.lm_head.weight is empty.model.embed_tokens.weight
+
+
+def test_without_weights_a_model_takes_no_memory(tmp_path: Path) -> None:
+    small, large = tmp_path / "small", tmp_path / "large"
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 8}
+    LlamaConfig(hidden_size=64, intermediate_size=64, **shape).save_pretrained(small)
+    LlamaConfig(hidden_size=2048, intermediate_size=4096, **shape).save_pretrained(large)
+    process = psutil.Process()
+    load_model(small, device="meta")  # what is allocated once
+    before = process.memory_info().rss
+    model = load_model(large, device="meta")
+    assert sum(parameter.nbytes for parameter in model.parameters()) > 1e9
+    assert process.memory_info().rss - before < 30e6
+
+
+def test_attention_is_eager_where_the_class_has_no_other(tmp_path: Path) -> None:
+    for family, expected in (("gemma2", "eager"), ("qwen3", "sdpa")):
+        tiny_model(family).save_pretrained(tmp_path / family)
+        for device in ("cpu", "meta"):
+            model = load_model(tmp_path / family, device=device)
+            assert model.config._attn_implementation == expected
+
+
+def test_experts_are_grouped_matrix_products(tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    for device in ("cpu", "meta"):
+        model = load_model(tmp_path, device=device)
+        assert model.config._experts_implementation == "grouped_mm"
+
+
 def test_config_is_read_without_weights(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     assert load_config(tmp_path).max_position_embeddings == 64
@@ -124,8 +174,9 @@ def test_weights_that_are_quantized_already_are_refused(folder: Path, tmp_path: 
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="model.id: .*quantized already"):
-        load_model(tmp_path)
+    for device in ("cpu", "meta"):
+        with pytest.raises(UserError, match="model.id: .*quantized already"):
+            load_model(tmp_path, device=device)
 
 
 def test_an_unknown_dtype_or_device_is_refused(folder: Path) -> None:

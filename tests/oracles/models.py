@@ -6,14 +6,17 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCAB = 128
@@ -32,6 +35,16 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_SHAPE, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**_SHAPE),
     "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=8),
+    # Scores and logits are capped where it shows; its attention is eager, and adds its mask.
+    "gemma2": lambda: Gemma2Config(
+        **_SHAPE,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=4.0,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "gemma3": lambda: Gemma3TextConfig(
         **_SHAPE,
         head_dim=8,
@@ -39,18 +52,25 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         layer_types=["sliding_attention", "full_attention"],
     ),
     "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=6),
+    "mixtral": lambda: MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2),
     "phi3": lambda: Phi3Config(**_SHAPE),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_SHAPE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
+    ),
 }
+
+# Their experts are sorted and counted by token, which ExecuTorch has no operators for.
+MIXTURES = ("mixtral", "qwen3_moe")
 
 
 def tiny_model(family: str, seed: int = 0) -> nn.Module:
     """A random model in train mode, without dropout."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]())  # sdpa, where it can
     # As initialised, a residual stream is so small that many errors would round away.
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.mul_(5)
     return model.train()
 
