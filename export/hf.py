@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from graphtune.errors import UserError
+from graphtune.passes.adapters import is_adapter_parameter
 
 
 def to_hf(
@@ -46,7 +48,8 @@ def to_hf(
     folder = Path(out_dir)
     _check_free(folder)
     state = program.state_dict()
-    _check_merged(state)
+    _check_layout(state)
+    _check_passes(program)
     config = _config_of(program, state)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -77,9 +80,24 @@ def _check_free(folder: Path) -> None:
         raise UserError(f"`out_dir={folder}` is not empty; name a new folder, or clear this one")
 
 
-def _check_merged(state: Mapping[str, Tensor]) -> None:
+def _check_passes(program: nn.Module) -> None:
+    known = {"quantize", "lora", "dora", "set_adapter", "full", "freeze", "merge"}
+    for row in getattr(program, "ledger", ()):
+        if row.name not in known and row.parameters > 0:
+            raise UserError(
+                f"to_hf: the pass {row.name!r} added parameters, which the model's own class in "
+                "transformers would leave out"
+            )
+
+
+def _check_layout(state: Mapping[str, Tensor]) -> None:
     # transformers would ignore the extra keys, and load the base model without a word.
-    if adapter := next((name for name in state if ".lora_" in name), None):
+    if packed := next((name for name in state if re.search(r"_(nf4|int8|int4)$", name)), None):
+        raise UserError(
+            f"to_hf: the program has quantized weights ({packed}), for which Hugging Face has no "
+            "layout; apply Merge(dequantize=True), or merge into a base that is not quantized"
+        )
+    if adapter := next((name for name in state if is_adapter_parameter(name)), None):
         raise UserError(
             f"to_hf: the program has adapters that are not merged ({adapter}); "
             "apply Merge() first, or save them with to_peft"

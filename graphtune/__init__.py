@@ -16,12 +16,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphtune import errors, export, passes
+    import graphtune.export as export  # `from graphtune import` is a cycle to a type checker
+    from graphtune import errors, passes
     from graphtune.capture import capture
     from graphtune.engine import compile_step
     from graphtune.errors import UserError
     from graphtune.models import load_model
     from graphtune.program import Program
+    from graphtune.weights import load_weights
 
 __all__ = [
     "Program",
@@ -31,6 +33,7 @@ __all__ = [
     "errors",
     "export",
     "load_model",
+    "load_weights",
     "passes",
 ]
 
@@ -41,6 +44,7 @@ _HOME = {
     "capture": "graphtune.capture",
     "compile_step": "graphtune.engine",
     "load_model": "graphtune.models",
+    "load_weights": "graphtune.weights",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ class LedgerRow:
     trainable: int  # parameters that get a gradient, after the pass (a total, not a difference)
     bytes: int
     ms: float = field(compare=False)
+    figures: Mapping[str, float] = field(default_factory=dict)  # what the pass measured
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,44 @@ class ModelInfo:
         source: what `load_model` was given (hub id, folder, file), or None.
         config: the model's `transformers` configuration, or None.
         model_class: name of the class that was captured.
+        fingerprint: of the base weights, see `graphtune.weights`; None while there are none.
     """
 
     source: str | None
     config: Any
     model_class: str
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Tensors that are computed once weights are there.
+
+    Attributes:
+        outputs: names of the tensors that `compute` returns.
+        inputs: names of the tensors that it takes, as they are when all earlier fills have run.
+        compute: called with the inputs, or, where there are none, with the device.
+    """
+
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]
+    compute: Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """What is left to do when the weights of a program on the meta device arrive.
+
+    Attributes:
+        checkpoint: the tensors that a checkpoint must bring, by name, with shape and dtype.
+        fills: what passes compute from them, in the order in which passes were applied.
+        claims: passes that claim the same logits as before: name of the pass, the graph before,
+            the graph after.
+    """
+
+    checkpoint: Mapping[str, Tensor]
+    fills: tuple[Fill, ...] = ()
+    claims: tuple[tuple[str, fx.Graph, fx.Graph], ...] = ()
 
 
 class Program(nn.Module):
@@ -55,9 +89,12 @@ class Program(nn.Module):
             are `input_ids`, `attention_mask`, `position_ids`, its output the logits.
         ledger: one row for each pass that was applied, in order.
         info: where the weights came from.
+        deferred: what `load_weights` must do; None where the weights are there.
+        unmerged: what this program was before a merge that was asked to keep it, or None.
     """
 
     graph_module: fx.GraphModule
+    unmerged: Program | None
 
     def __init__(
         self,
@@ -66,6 +103,7 @@ class Program(nn.Module):
         buffers: Mapping[str, tuple[Tensor, bool]],
         info: ModelInfo,
         ledger: Iterable[LedgerRow] = (),
+        deferred: Deferred | None = None,
     ) -> None:
         """Build from a graph and the tensors it reads.
 
@@ -75,6 +113,7 @@ class Program(nn.Module):
             buffers: by qualified name, with whether `state_dict` holds them.
             info: where the weights came from.
             ledger: what made this program.
+            deferred: what is to be done when weights arrive.
         """
         super().__init__()
         for name, parameter in parameters.items():
@@ -91,8 +130,10 @@ class Program(nn.Module):
         graph_module._modules = self._modules
         # Not registered as a child, or each name would exist a second time.
         object.__setattr__(self, "graph_module", graph_module)
+        object.__setattr__(self, "unmerged", None)
         self.info = info
         self.ledger = tuple(ledger)
+        self.deferred = deferred
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         *path, leaf = name.split(".")
@@ -135,6 +176,8 @@ class Program(nn.Module):
         Returns:
             Logits, (batch, seq, vocab), in the dtype of the weights.
         """
+        if self.deferred is not None:
+            raise UserError("the program has no weights yet; graphtune.load_weights gives them")
         if position_ids is None:
             position_ids = default_position_ids(input_ids, attention_mask)
         if attention_mask is None or attention_mask.dim() == 2:
@@ -168,7 +211,8 @@ class Program(nn.Module):
             UserError: a rule matches nothing, or two passes do not compose.
         """
         program = self
-        for one in sorted(passes, key=lambda one: one.stage):
+        parts = [part for one in passes for part in one.parts()]
+        for one in sorted(parts, key=lambda one: (one.stage, one.order)):
             program = one(program)
         return program
 

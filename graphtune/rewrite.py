@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import CheckpointPolicy
 
-from graphtune.program import LedgerRow, Program
-from graphtune.sites import Site, find_sites
+from graphtune.program import Deferred, Fill, LedgerRow, Program
+from graphtune.sites import Kind, Site, find_sites
 from graphtune.torch_private import fake_parameter, propagate
 
 
@@ -40,12 +43,41 @@ def _set_origin(node: fx.Node, origin: fx.Node, by: str) -> None:
     for key in ("nn_module_stack", "stack_trace"):
         if key in origin.meta:
             node.meta[key] = origin.meta[key]
-    node.meta["custom"] = {**origin.meta.get("custom", {}), "graphtune": by}
+    node.meta["custom"] = {"graphtune": by}
 
 
 def written_by(node: fx.Node) -> str | None:
     """The pass that wrote a node; None for what capture found."""
     return node.meta.get("custom", {}).get("graphtune")
+
+
+def must_recompute(node: fx.Node) -> None:
+    """Keep what a node computes out of what is saved for the backward pass.
+
+    The tag is read by the min-cut partitioner of `torch.compile`.
+    """
+    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    node.meta["ac_graph_id"] = 1
+
+
+def constants_of(node: fx.Node) -> tuple[str, ...] | None:
+    """Names of the tensors that a node is computed from; None if it depends on the input."""
+    if node.op == "get_attr":
+        return (node.target,)
+    if node.op != "call_function" or not node.all_input_nodes:
+        return None
+    parts = [constants_of(source) for source in node.all_input_nodes]
+    if any(part is None for part in parts):
+        return None
+    return tuple(dict.fromkeys(name for part in parts for name in part or ()))
+
+
+def evaluate(node: fx.Node, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The value of a node that is computed from constants alone, such as a stored weight."""
+    if node.op == "get_attr":
+        return tensors[node.target]
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: evaluate(n, tensors))
+    return node.target(*args, **kwargs)
 
 
 class Edit:
@@ -57,6 +89,8 @@ class Edit:
         graph: the copy to edit. Raw `torch.fx` is fine; the verifier reads what came out.
         parameters: by name; the methods below add, replace and remove entries.
         buffers: by name, with whether `state_dict` holds them.
+        info: the program's, for a pass that changes what it says.
+        figures: what the pass measures, by name; they go to the ledger.
     """
 
     def __init__(self, program: Program, by: str) -> None:
@@ -67,31 +101,56 @@ class Edit:
         self.graph.output(result).meta = dict(program.graph.output_node().meta)
         self.parameters = program.all_parameters()
         self.buffers = program.all_buffers()
+        self.info = program.info
+        self.figures: dict[str, float] = {}
+        self._fills: list[Fill] = []
         self._origin: fx.Node | None = None
+        self._notes: dict[str, Any] = {}
 
-    def sites(self, kind: str) -> list[Site]:
-        """The places of one kind, in the order of the graph (see `graphtune.sites`)."""
-        return [site for site in find_sites(self.graph) if site.kind == kind]
+    @property
+    def device(self) -> torch.device:
+        """Where the program's parameters are; `meta` while its weights are not loaded."""
+        return next(iter(self.parameters.values())).device
+
+    def sites(self, *kinds: Kind) -> list[Site]:
+        """The places of these kinds, in the order of the graph (see `graphtune.sites`)."""
+        return [site for site in find_sites(self.graph) if site.kind in kinds]
+
+    def tensor(self, name: str) -> Tensor:
+        """The parameter or buffer of that name."""
+        return self.parameters[name] if name in self.parameters else self.buffers[name][0]
 
     @contextmanager
-    def after(self, node: fx.Node) -> Iterator[None]:
-        """What `call` and `read` insert inside goes after `node` and belongs to its module."""
-        self._origin = node
+    def after(self, node: fx.Node, **notes: Any) -> Iterator[None]:
+        """What `call` and `read` insert inside goes after `node` and belongs to its module.
+
+        Args:
+            notes: written to `meta["custom"]` of what is inserted, for later passes to read.
+        """
+        self._origin, self._notes = node, notes
         with self.graph.inserting_before(node.next):
             yield
 
     def call(self, target: Callable, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call of an operator at the place that `after` set."""
         assert self._origin is not None, "call() belongs inside `with edit.after(node):`"
-        return insert_call(self.graph, target, *args, origin=self._origin, by=self.by, **kwargs)
+        node = insert_call(self.graph, target, *args, origin=self._origin, by=self.by, **kwargs)
+        node.meta["custom"].update(self._notes)
+        return node
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """Insert a cast where the node has another dtype."""
+        same = node.meta["val"].dtype == dtype
+        return node if same else self.call(torch.ops.aten.to.dtype, node, dtype)
 
     def read(self, name: str) -> fx.Node:
         """Insert a read of the parameter or buffer `name` at the place that `after` set."""
         assert self._origin is not None, "read() belongs inside `with edit.after(node):`"
-        tensor = self.parameters[name] if name in self.parameters else self.buffers[name][0]
+        tensor = self.tensor(name)
         node = self.graph.create_node("get_attr", name)
         node.meta["val"] = fake_parameter(_any_fake(self.graph), tensor.shape, tensor.dtype)
         _set_origin(node, self._origin, self.by)
+        node.meta["custom"].update(self._notes)
         return node
 
     def read_training(self) -> fx.Node:
@@ -112,14 +171,48 @@ class Edit:
             raise ValueError(f"{self.by}: the program has a parameter {name!r} already")
         self.parameters[name] = nn.Parameter(value, requires_grad=trainable)
 
-    def set_trainable(self, names: Iterable[str], trainable: bool) -> None:
-        """Freeze parameters, or let them train. The given program's own stay as they are."""
+    def add_buffer(self, name: str, value: Tensor, *, persistent: bool = True) -> None:
+        """Add or replace a buffer, with whether `state_dict` is to hold it."""
+        self.buffers[name] = (value, persistent)
+
+    def remove(self, name: str) -> Tensor:
+        """Take a parameter or a buffer out of the program; returns it."""
+        return self.parameters.pop(name) if name in self.parameters else self.buffers.pop(name)[0]
+
+    @torch.no_grad()
+    def compute(
+        self, outputs: Iterable[str], compute: Callable[..., tuple[Tensor, ...]], *inputs: str
+    ) -> tuple[Tensor, ...]:
+        """Compute new tensors from the program's; later, if its weights are not loaded yet.
+
+        Args:
+            outputs: names that the results will have; give them to `add_parameter` and the like.
+            compute: called with the inputs' tensors, or, without inputs, with the device. It must
+                run on the meta device too, for shapes.
+            inputs: names of parameters or buffers.
+
+        Returns:
+            The results; on the meta device where the weights are not loaded.
+        """
+        arguments = [self.tensor(name) for name in inputs] if inputs else [self.device]
+        if self.program.deferred is not None:
+            self._fills.append(Fill(tuple(outputs), inputs, compute))
+        return tuple(one.detach() for one in compute(*arguments))
+
+    def set_trainable(self, names: Iterable[str], trainable: bool, *, copy: bool = False) -> None:
+        """Freeze parameters, or let them train.
+
+        Args:
+            copy: give the program tensors of its own; else training changes those of the given
+                program too.
+        """
         chosen = {id(self.parameters[name]) for name in names}
         copies: dict[int, nn.Parameter] = {}
         for name, parameter in self.parameters.items():
             if id(parameter) in chosen and parameter.requires_grad != trainable:
                 if id(parameter) not in copies:  # one copy for all the names of a tied weight
-                    copies[id(parameter)] = nn.Parameter(parameter.detach(), trainable)
+                    value = parameter.detach().clone() if copy else parameter.detach()
+                    copies[id(parameter)] = nn.Parameter(value, trainable)
                 self.parameters[name] = copies[id(parameter)]
 
     def replace_uses(self, old: fx.Node, new: fx.Node) -> None:
@@ -145,8 +238,9 @@ class Edit:
         """The rewritten program, with a ledger row for what changed."""
         self.graph.eliminate_dead_code()
         before = self.program
-        after = Program(self.graph, self.parameters, self.buffers, before.info)
+        after = Program(self.graph, self.parameters, self.buffers, self.info)
         after.train(before.training)
+        after.deferred = self._deferred(numerics)
         after.ledger = (
             *before.ledger,
             LedgerRow(
@@ -160,9 +254,19 @@ class Edit:
                 trainable=_count(after.trainable_parameters()),
                 bytes=tensor_bytes(after) - tensor_bytes(before),
                 ms=ms,
+                figures=self.figures,
             ),
         )
         return after
+
+    def _deferred(self, numerics: str) -> Deferred | None:
+        before = self.program.deferred
+        if before is None:
+            return None
+        claims = before.claims
+        if numerics != "lossy":
+            claims = (*claims, (self.by, self.program.graph, self.graph))
+        return dataclasses.replace(before, fills=(*before.fills, *self._fills), claims=claims)
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

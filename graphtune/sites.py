@@ -1,19 +1,20 @@
-"""Find the places in a graph that a pass can act on, and the rules that choose among them."""
+"""Find the places in a graph, or in a model not yet captured, that a pass can act on."""
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import fx
-
-from graphtune.errors import UserError
+from torch import fx, nn
+from transformers.pytorch_utils import Conv1D
 
 aten = torch.ops.aten
+Kind = Literal["linear", "embedding", "experts", "attention"]
+
+# By name: the first exists only once transformers' own module is imported.
+_GROUPED_MM = ("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default")
 
 
 @dataclass(frozen=True)
@@ -21,36 +22,71 @@ class Site:
     """A place in the graph that a pass can act on.
 
     Attributes:
-        name: qualified name of the module that made the node, as in the checkpoint.
-        kind: "linear", "embedding" or "attention".
+        name: qualified name of the module that made the node, as in the checkpoint; for experts,
+            whose weights are parameters of one module, of the parameter.
+        kind: "linear", "embedding", "experts" (a grouped matmul) or "attention".
         node: the call; its arguments are read through the properties below.
-        transposed: the weight is (in, out), as in GPT-2's `Conv1D`, instead of (out, in).
+        weight: the node that gives the weight as it is stored; None for attention.
+        transposed: the weight is stored (in, out), as in GPT-2's `Conv1D`, instead of (out, in).
+        in_all_linear: whether the rule `all-linear` covers the site.
     """
 
     name: str
-    kind: str
+    kind: Kind
     node: fx.Node
+    weight: Any = None
     transposed: bool = False
+    in_all_linear: bool = False
 
     @property
     def input(self) -> fx.Node:
-        """What the linear or the embedding is applied to."""
-        return (
-            self.node.args[1] if self.transposed or self.kind == "embedding" else self.node.args[0]
-        )
+        """What the linear, the embedding or the experts are applied to."""
+        last = self.kind == "embedding" or self.node.target is aten.addmm.default
+        return self.node.args[1 if last else 0]
 
     @property
-    def weight(self) -> fx.Node:
-        """The node that gives the weight of a linear or an embedding."""
-        if self.transposed:
+    def bias(self) -> fx.Node | None:
+        """What a linear adds, (out_features,), or None."""
+        if self.node.target is aten.addmm.default:
+            return self.node.args[0]
+        if self.kind == "linear" and len(self.node.args) > 2:
             return self.node.args[2]
-        return self.node.args[0] if self.kind == "embedding" else self.node.args[1]
+        return None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features) of a linear, (rows, width) of an embedding."""
-        rows, columns = self.weight.meta["val"].shape
-        return (columns, rows) if self.transposed else (rows, columns)
+    def output(self) -> fx.Node:
+        """The last node of the module: an embedding that is scaled is not yet the output."""
+        return self.tail[-1] if self.tail else self.node
+
+    @property
+    def tail(self) -> list[fx.Node]:
+        """What the module of an embedding does to its rows, such as scaling them."""
+        tail: list[fx.Node] = []
+        node = self.node
+        while self.kind == "embedding" and len(node.users) == 1:
+            node = next(iter(node.users))
+            if module_of(node)[0] != self.name or "graphtune" in node.meta.get("custom", {}):
+                break
+            tail.append(node)
+        return tail
+
+    @property
+    def parameter(self) -> str:
+        """Name of the weight in the checkpoint."""
+        return self.name if self.kind == "experts" else f"{self.name}.weight"
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the weight as the checkpoint has it."""
+        assert self.weight is not None
+        return tuple(self.weight.meta["val"].shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out_features, in_features) of a linear, (rows, width) of an embedding, (experts,
+        out_features, in_features) of experts."""
+        *first, rows, columns = self.stored_shape
+        return (*first, columns, rows) if self.transposed else (*first, rows, columns)
 
 
 def module_of(node: fx.Node) -> tuple[str, str]:
@@ -61,18 +97,35 @@ def module_of(node: fx.Node) -> tuple[str, str]:
 
 def find_sites(graph: fx.Graph) -> Iterator[Site]:
     """All sites of a graph, in its order. What passes inserted is not a site."""
+    head = output_head(graph)
     for node in graph.nodes:
         if "graphtune" in node.meta.get("custom", {}):
             continue
-        name = module_of(node)[0]
+        name, kind = module_of(node)
+        # A router is a linear by itself, of a class that is none: `all-linear` means weights
+        # that transform hidden states.
+        plain = name != head and kind.rsplit(".", 1)[-1] in ("Linear", "Conv1D")
         if node.target is aten.linear.default:
-            yield Site(name, "linear", node)
+            yield Site(name, "linear", node, node.args[1], in_all_linear=plain)
         elif node.target is aten.addmm.default:
-            yield Site(name, "linear", node, transposed=True)
+            yield Site(name, "linear", node, node.args[2], transposed=True, in_all_linear=plain)
         elif node.target is aten.embedding.default:
-            yield Site(name, "embedding", node)
+            yield Site(name, "embedding", node, node.args[0])
+        elif str(node.target) in _GROUPED_MM:
+            yield _experts(name, node)
         elif node.target is aten.scaled_dot_product_attention.default:
             yield Site(name, "attention", node)
+
+
+def _experts(module: str, node: fx.Node) -> Site:
+    """A grouped matmul takes (experts, in, out); most models store (experts, out, in)."""
+    weight, transposed = node.args[1], True
+    while weight.target is aten.transpose.int:
+        weight, transposed = weight.args[0], not transposed
+    leaf = weight.meta.get("custom", {}).get("parameter") or weight.target
+    return Site(
+        f"{module}.{str(leaf).rsplit('.', 1)[-1]}", "experts", node, weight, transposed, True
+    )
 
 
 def output_head(graph: fx.Graph) -> str | None:
@@ -85,49 +138,33 @@ def output_head(graph: fx.Graph) -> str | None:
     return None
 
 
-def match(
-    names: Iterable[str], targets: Sequence[str], *, head: str | None, key: str = "targets"
-) -> list[str]:
-    """The names that a rule's targets choose, in the order of `names`.
+@dataclass(frozen=True)
+class ModuleSite:
+    """What will be a site once the model is captured; enough for rules and shapes.
 
-    Args:
-        names: qualified names of all the sites that the pass could act on.
-        targets: each a glob on the qualified name (`*.layers.3.*.q_proj`), a last name alone
-            (`q_proj`), a regular expression behind `re:` that must match the whole name, or
-            `all-linear`: every linear but the output head.
-        head: name of the output head.
-        key: the config key that errors name.
-
-    Raises:
-        UserError: a target matches no name; the message shows the nearest.
+    Attributes: as those of `Site`.
     """
-    known = list(dict.fromkeys(names))
-    chosen: set[str] = set()
-    for target in targets:
-        matched = [name for name in known if _matches(name, target, head, key)]
-        if not matched:
-            nearest = ", ".join(_nearest(target, known)) or "none, the model has no such sites"
-            raise UserError(
-                f"`{key}`: {target!r} matches no site of this model; nearest: {nearest}"
-            )
-        chosen.update(matched)
-    return [name for name in known if name in chosen]
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+    in_all_linear: bool
 
 
-def _matches(name: str, target: str, head: str | None, key: str) -> bool:
-    if target == "all-linear":
-        return name != head
-    if target.startswith("re:"):
-        try:
-            return re.fullmatch(target[3:], name) is not None
-        except re.error as error:
-            raise UserError(f"`{key}`: {target!r} is no regular expression: {error}") from None
-    return fnmatch.fnmatchcase(name, target) or name.endswith("." + target)
-
-
-def _nearest(target: str, names: Sequence[str]) -> list[str]:
-    """Names people may have meant: last names first, since a typo is mostly there."""
-    last = re.split(r"[.*\\]", target)[-1] or target
-    leaves = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
-    found = difflib.get_close_matches(last, leaves, n=3, cutoff=0.5)
-    return found or difflib.get_close_matches(target, names, n=3, cutoff=0.3) or leaves[:8]
+def module_sites(model: nn.Module) -> Iterator[ModuleSite]:
+    """The linears, embeddings and experts of a model, without capturing it."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            stored = tuple(parameter.shape)
+            if len(stored) == 3:
+                yield ModuleSite(f"{name}.{leaf}", "experts", stored, stored, True)
+            elif len(stored) == 2 and leaf == "weight":
+                conv1d = isinstance(module, Conv1D)
+                shape = (stored[1], stored[0]) if conv1d else stored
+                # What is neither is a router.
+                plain = module is not head and (conv1d or isinstance(module, nn.Linear))
+                kind: Kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
+                yield ModuleSite(name, kind, shape, stored, plain)

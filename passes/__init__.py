@@ -1,9 +1,28 @@
 """Passes: one file for each technique. `registry` is what configs name."""
 
+from graphtune.passes.adapters import SetAdapter
 from graphtune.passes.base import Pass, Stage
+from graphtune.passes.dora import DoRA
+from graphtune.passes.full import Freeze, Full
 from graphtune.passes.lora import LoRA
-from graphtune.passes.merge import Merge
+from graphtune.passes.merge import Merge, Unmerge
+from graphtune.passes.qlora import QLoRA
+from graphtune.passes.quantize import Quantize
 
-registry: dict[str, type[Pass]] = {one.name: one for one in (LoRA, Merge)}
+_ALL: tuple[type[Pass], ...] = (Quantize, LoRA, DoRA, QLoRA, SetAdapter, Full, Freeze, Merge)
+registry: dict[str, type[Pass]] = {one.name: one for one in _ALL}
 
-__all__ = ["LoRA", "Merge", "Pass", "Stage", "registry"]
+__all__ = [
+    "DoRA",
+    "Freeze",
+    "Full",
+    "LoRA",
+    "Merge",
+    "Pass",
+    "QLoRA",
+    "Quantize",
+    "SetAdapter",
+    "Stage",
+    "Unmerge",
+    "registry",
+]

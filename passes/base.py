@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self, TypeAlias, get_type_hints
 
 from torch import nn
 
@@ -15,6 +16,8 @@ from graphtune.program import Program
 from graphtune.rewrite import Edit
 from graphtune.sites import Site
 from graphtune.verify import verify
+
+Numerics: TypeAlias = Literal["exact", "identity_at_init", "lossy"]
 
 
 class Stage(IntEnum):
@@ -42,15 +45,23 @@ class Pass:
     Class variables:
         name: what configs and the ledger call it.
         stage: when it runs.
+        order: when it runs within its stage; lower first, then as they were named.
         numerics: what it does to the logits. `exact`: the same bits; `identity_at_init`: the
-            same bits until training changes its parameters; `lossy`: other values.
+            same bits until training changes its parameters; `lossy`: other values. A pass that
+            does this or that, depending on its options, makes it a property.
         conflicts: names of passes after which this one cannot be applied.
+        site_options: the options that a rule may override at its sites.
     """
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
-    numerics: ClassVar[Literal["exact", "identity_at_init", "lossy"]]
+    order: ClassVar[int] = 0
     conflicts: ClassVar[frozenset[str]] = frozenset()
+    site_options: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def numerics(self) -> Numerics:
+        raise TypeError(f"{type(self).__name__} must say its numerics class")
 
     def check(self, model: nn.Module) -> None:
         """Raise UserError if the pass cannot be applied to a model; before it is captured.
@@ -58,6 +69,10 @@ class Pass:
         Args:
             model: what will be captured; perhaps on the meta device, without weights.
         """
+
+    def parts(self) -> Sequence[Pass]:
+        """The passes that do the work; several where this one only bundles them."""
+        return (self,)
 
     def rewrite(self, edit: Edit) -> Iterable[Site]:
         """Edit the graph and the parameters; return the sites that were changed."""
@@ -72,6 +87,25 @@ class Pass:
         """The options by name, for the ledger and the plan's hash."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
+    def at(self, overrides: Mapping[str, Any]) -> Self:
+        """The pass with the options that a rule overrides (see `graphtune.rules`).
+
+        Raises:
+            UserError: there is no such option for a rule, or its value is refused.
+        """
+        for name, value in overrides.items():
+            key = f"`passes.{self.name}.targets`"
+            if name not in self.site_options:
+                close = difflib.get_close_matches(name, self.site_options, n=1)
+                known = f"a rule may have {', '.join(self.site_options) or 'none'}"
+                hint = f"did you mean `{close[0]}`?" if close else known
+                raise UserError(f"{key}: no option `{name}` in a rule; {hint}")
+            kind = get_type_hints(type(self))[name]
+            kind = kind if isinstance(kind, type) else str  # a Literal
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise UserError(f"{key}: `{name}={value}` must be of type {kind.__name__}")
+        return dataclasses.replace(self, **overrides) if overrides else self
+
     def __call__(self, program: Program) -> Program:
         """Apply the pass.
 
@@ -82,6 +116,8 @@ class Pass:
             UserError: a rule matches nothing, or the pass does not go with one already applied.
             VerificationError: the pass broke the program (a bug in the pass).
         """
+        if len(self.parts()) > 1:
+            return program.apply(self)
         for row in program.ledger:
             if row.name in self.conflicts:
                 raise UserError(f"`passes.{self.name}` cannot follow {row.name!r} on one model")

@@ -6,18 +6,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from graphtune.capture import capture
-from graphtune.config import SFTConfig, check_options, component, did_you_mean, validate
+from graphtune.config import (
+    ModelConfig,
+    SFTConfig,
+    check_options,
+    component,
+    did_you_mean,
+    validate,
+)
 from graphtune.config import load_config as read_config
 from graphtune.errors import UserError
-from graphtune.export.peft import from_peft
-from graphtune.models import load_model, load_tokenizer
-from graphtune.passes import Pass, registry
+from graphtune.export.hf import to_hf
+from graphtune.export.peft import CONFIG, from_peft, to_peft
+from graphtune.models import load_model, load_tokenizer, resolve_dtype
+from graphtune.passes import Pass, Stage, registry
+from graphtune.passes.adapters import adapter_names
 from graphtune.program import Program
 from graphtune.training.device import pick_device
 from graphtune.training.run import Run
+from graphtune.weights import load_weights
 
 
 def make_passes(options: Mapping[str, Mapping[str, Any] | None]) -> list[Pass]:
@@ -39,26 +52,88 @@ def make_passes(options: Mapping[str, Mapping[str, Any] | None]) -> list[Pass]:
     return made
 
 
-def load_run(folder: str | Path, *, tuned: bool = True) -> tuple[Program, PreTrainedTokenizerBase]:
+def origin(model: ModelConfig) -> dict[str, Any]:
+    """What besides its id says which checkpoint a model comes from."""
+    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+
+
+def empty_model(model: ModelConfig, device: torch.device) -> nn.Module:
+    """The model without weights, in the dtype that it will have on a device."""
+    dtype = resolve_dtype(model.dtype, device)
+    return load_model(model.id, dtype=dtype, device="meta", **origin(model))
+
+
+def save_trained(program: Program, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+    """Save what trained: adapters in PEFT's layout, or a whole model in Hugging Face's.
+
+    Where neither can hold it (adapters beside weights that train in full, parameters of a pass
+    that only graphtune knows), the trained parameters by name, as safetensors.
+    """
+    trained = {name: p for name, p in program.named_parameters() if p.requires_grad}
+    kinds = {row.name for row in program.ledger}
+    adapters = adapter_names(program)
+    if adapters and kinds <= {"quantize", "lora", "dora", "set_adapter", "freeze"}:
+        for name in adapters:
+            folder = run.adapter_dir if len(adapters) == 1 else run.adapter_dir / name
+            to_peft(program, folder, adapter=name)
+    elif kinds <= {"full", "freeze"}:
+        to_hf(program, run.model_dir, tokenizer=tokenizer)
+    else:
+        tensors = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
+        temporary = run.trained_file.with_name(f".{run.trained_file.name}.tmp")
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.replace(run.trained_file)
+
+
+def load_run(
+    folder: str | Path, *, tuned: bool = True, quantized: bool = True
+) -> tuple[Program, PreTrainedTokenizerBase]:
     """The program and the tokenizer of a run that `train` wrote.
 
     Args:
         folder: the run's output_dir.
         tuned: False gives the base model, as it was before training.
+        quantized: False leaves out the quantization of a base that adapters were trained over,
+            for what is merged and shipped.
 
     Raises:
         UserError: no run lies there, or it saved nothing.
     """
     run = Run.open(folder)
     config: SFTConfig = validate(read_config(str(run.config_file)))
-    model = config.model
-    source: dict[str, Any] = {
-        "revision": model.revision,
-        "trust_remote_code": model.trust_remote_code,
-    }
-    tokenizer = load_tokenizer(model.id, **source)
+    tokenizer = load_tokenizer(config.model.id, **origin(config.model))
     device = pick_device(config.device)
     if tuned and run.model_dir.is_dir():
-        return capture(load_model(run.model_dir, dtype=model.dtype, device=device)), tokenizer
-    program = capture(load_model(model.id, dtype=model.dtype, device=device, **source))
-    return (from_peft(program, run.adapter_dir) if tuned else program), tokenizer
+        return capture(
+            load_model(run.model_dir, dtype=config.model.dtype, device=device)
+        ), tokenizer
+    passes = [part for one in make_passes(config.passes) for part in one.parts()]
+    if not quantized:
+        passes = [one for one in passes if one.stage != Stage.QUANTIZE]
+    whole = tuned and run.trained_file.is_file()
+    if not whole:  # what trained comes with what was saved
+        passes = [one for one in passes if one.stage == Stage.QUANTIZE]
+    program = capture(empty_model(config.model, device)).apply(*passes)
+    program = load_weights(program, device=device, **origin(config.model))
+    if whole:
+        _put(program, load_file(run.trained_file))
+    elif tuned:
+        for path in _adapter_folders(run):
+            adapter = "default" if path == run.adapter_dir else path.name
+            program = from_peft(program, path, adapter=adapter)
+    return program, tokenizer
+
+
+def _adapter_folders(run: Run) -> list[Path]:
+    if (run.adapter_dir / CONFIG).is_file():
+        return [run.adapter_dir]
+    found = sorted(path.parent for path in run.adapter_dir.glob(f"*/{CONFIG}"))
+    if not found:
+        raise UserError(f"{run.folder} has saved nothing; did the run fail before its first step?")
+    return found
+
+
+@torch.no_grad()
+def _put(program: Program, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        program.get_parameter(name).copy_(tensor)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from graphtune.capture import capture
@@ -23,16 +24,17 @@ from graphtune.config import Component, SFTConfig, instantiate, to_yaml, validat
 from graphtune.data import Batch, Dataset, batches, count_batches, count_tokens
 from graphtune.engine import TrainStep, compile_step
 from graphtune.errors import UserError
-from graphtune.export import to_hf, to_peft
-from graphtune.models import load_config, load_model, load_tokenizer
+from graphtune.models import load_tokenizer
 from graphtune.passes import Pass
 from graphtune.program import Program
-from graphtune.recipes import make_passes
+from graphtune.recipes import empty_model, make_passes, origin, save_trained
 from graphtune.training.device import peak_memory, pick_device
 from graphtune.training.evaluate import evaluate_loss
+from graphtune.training.parameter_groups import ParameterGroup, parameter_groups
 from graphtune.training.progress import TrainingProgress
 from graphtune.training.run import Run
 from graphtune.training.schedules import schedule
+from graphtune.weights import load_weights
 
 RETENTION_LIMIT = 1.10  # times its perplexity on unrelated text that a model may end with
 
@@ -54,13 +56,13 @@ def run(config: DictConfig) -> Run:
     cfg = job.config
     run = Run.create(cfg.output_dir, to_yaml(cfg))
     torch.manual_seed(cfg.seed)
-    with clock.phase("load", "loading the model"):
-        model = load_model(**vars(cfg.model), device=job.device)
     with clock.phase("capture", "capturing the graph"):
-        program = capture(model)
+        program = capture(job.empty)
     with clock.phase("passes", "applying passes"):
         program = program.apply(*job.passes)
-    del model
+        make_optimizer(program, cfg)  # fails here rather than after weights are loaded
+    with clock.phase("load", "loading weights"):
+        program = load_weights(program, device=job.device, **job.origin)
     console.print(program, highlight=False)
 
     with clock.phase("evaluate", "evaluating before training"):
@@ -83,12 +85,18 @@ class Job:
 
     config: SFTConfig
     device: torch.device
+    empty: nn.Module  # the model, without weights
     passes: list[Pass]
     tokenizer: PreTrainedTokenizerBase
     dataset: Dataset
     dataset_val: Dataset | None
     retention: Dataset | None
     steps_per_epoch: int
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What besides its id says which checkpoint a model comes from."""
+        return origin(self.config.model)
 
     @property
     def steps(self) -> int:
@@ -121,21 +129,16 @@ def prepare(config: DictConfig) -> Job:
     Run(cfg.output_dir).refuse_used()
     device = pick_device(cfg.device)
     passes = make_passes(cfg.passes)
-    source: dict[str, Any] = {
-        "revision": cfg.model.revision,
-        "trust_remote_code": cfg.model.trust_remote_code,
-    }
-    positions = getattr(load_config(cfg.model.id, **source), "max_position_embeddings", None)
+    empty = empty_model(cfg.model, device)
+    positions = getattr(empty.config, "max_position_embeddings", None)
     if positions is not None and cfg.loader.length > positions:
         raise UserError(
             f"`loader.length={cfg.loader.length}` is more than the {positions} positions of "
             f"{cfg.model.id}; choose at most {positions}"
         )
-    if passes:
-        empty = load_model(**vars(cfg.model), device="meta")
-        for one in passes:
-            one.check(empty)
-    tokenizer = load_tokenizer(cfg.model.id, **source)
+    for one in passes:
+        one.check(empty)
+    tokenizer = load_tokenizer(cfg.model.id, **origin(cfg.model))
 
     def read(source: Component | None) -> Dataset | None:
         return instantiate(source, tokenizer, max_length=cfg.loader.length)
@@ -152,6 +155,7 @@ def prepare(config: DictConfig) -> Job:
     return Job(
         config=cfg,
         device=device,
+        empty=empty,
         passes=passes,
         tokenizer=tokenizer,
         dataset=dataset,
@@ -164,7 +168,7 @@ def prepare(config: DictConfig) -> Job:
 def train(program: Program, job: Job, run: Run, clock: Clock, console: Console) -> dict[str, float]:
     """The training loop; logs each step to the run's folder."""
     cfg, steps = job.config, job.steps
-    optimizer = instantiate(cfg.optimizer, list(program.trainable_parameters()))
+    optimizer = make_optimizer(program, cfg)
     scheduler = make_scheduler(optimizer, job)
     step = compile_step(program, optimizer, compile=cfg.compile, clip_grad_norm=cfg.clip_grad_norm)
     with clock.phase("compile", "compiling the step, and checking its gradients"):
@@ -222,6 +226,20 @@ def warm_up(step: TrainStep, job: Job) -> None:
         step.check({name: tensor.to(job.device) for name, tensor in first.items()})
 
 
+def make_optimizer(program: Program, cfg: SFTConfig) -> torch.optim.Optimizer:
+    """The optimizer over what trains; in groups, where the config has some."""
+    if not cfg.parameter_groups:
+        return instantiate(cfg.optimizer, list(program.trainable_parameters()))
+    lr = cfg.optimizer.arguments.get("lr")
+    if lr is None:
+        raise UserError("`parameter_groups` needs a learning rate to multiply: set `optimizer.lr`")
+    groups = [
+        ParameterGroup(tuple(one.parameters), one.lr_ratio, one.weight_decay)
+        for one in cfg.parameter_groups
+    ]
+    return instantiate(cfg.optimizer, parameter_groups(program.named_parameters(), groups, lr=lr))
+
+
 def make_scheduler(optimizer: torch.optim.Optimizer, job: Job) -> Any:
     """The learning-rate schedule, stepped once for each optimizer step; None for no schedule."""
     options = job.config.lr_scheduler
@@ -246,11 +264,8 @@ def evaluate(program: Program, job: Job) -> dict[str, float]:
 
 
 def save(program: Program, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
-    """The adapter in PEFT's layout, or, where all weights trained, the model in Hugging Face's."""
-    if any(row.name == "lora" for row in program.ledger):
-        to_peft(program, run.adapter_dir)
-    else:
-        to_hf(program, run.model_dir, tokenizer=tokenizer)
+    """What was trained, in the layout that others read, where there is one for it."""
+    save_trained(program, tokenizer, run)
     if run.metrics():
         run.plot_loss()
 

@@ -31,14 +31,15 @@ def export(
     """
     import graphtune.export as targets  # torch is slow to import, and --help should not be
     from graphtune.passes import Merge
+    from graphtune.passes.adapters import adapter_names
     from graphtune.recipes import load_run
 
     folder = output or Path(run) / to
-    program, tokenizer = load_run(run)
+    program, tokenizer = load_run(run, quantized=False)
     if to == "peft":
         print(f"saved {targets.to_peft(program, folder)}")
         return
-    if program.ledger:
+    if adapter_names(program):
         program = program.apply(Merge())
     if to == "hf":
         print(f"saved {targets.to_hf(program, folder, tokenizer=tokenizer)}")

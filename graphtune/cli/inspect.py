@@ -25,11 +25,11 @@ def inspect(
     from graphtune.capture import capture  # torch is slow to import, and --help should not be
     from graphtune.config import SFTConfig, load_config, validate
     from graphtune.inspect import ledger
-    from graphtune.models import load_model
-    from graphtune.recipes import make_passes
+    from graphtune.recipes import empty_model, make_passes
+    from graphtune.training.device import pick_device
 
     settings: SFTConfig = validate(load_config(config, overrides or ()))
-    base = capture(load_model(**vars(settings.model), device="meta"))
+    base = capture(empty_model(settings.model, pick_device(settings.device)))
     program = base.apply(*make_passes(settings.passes))
     if as_json:
         print(json.dumps([asdict(row) for row in program.ledger]))

@@ -3,12 +3,13 @@
 from graphtune.config.instantiate import Component, component, instantiate
 from graphtune.config.keys import close_match, did_you_mean
 from graphtune.config.parse import catalogue, find_config, load_config
-from graphtune.config.schema import SCHEMAS, SFTConfig, option
+from graphtune.config.schema import SCHEMAS, ModelConfig, SFTConfig, option
 from graphtune.config.validate import check_options, to_yaml, validate
 
 __all__ = [
     "SCHEMAS",
     "Component",
+    "ModelConfig",
     "SFTConfig",
     "catalogue",
     "check_options",

@@ -59,6 +59,15 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParameterGroupConfig:
+    """Parameters with options of their own; LoRA+ is {parameters: ["*.lora_B.*"], lr_ratio: 16}."""
+
+    parameters: list[str] = option("patterns on the names of parameters, as in passes' targets")
+    lr_ratio: float = option("learning rate, times the optimizer's", 1.0, at_least=0)
+    weight_decay: float | None = option("weight decay; null: the optimizer's", None, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SFTConfig:
     """Supervised fine-tuning: next-token cross entropy on the answers of a data set."""
 
@@ -81,6 +90,10 @@ class SFTConfig:
     optimizer: Component = option(
         "optimizer, called with the trainable parameters",
         factory=lambda: Component("torch.optim.AdamW", {"lr": 3e-4}, "optimizer"),
+    )
+    parameter_groups: list[ParameterGroupConfig] = option(
+        "options that differ for some parameters; the first group that matches one holds",
+        factory=list,
     )
     lr_scheduler: SchedulerConfig | Component | None = option(
         "learning-rate schedule; a component is called with the optimizer",

@@ -15,7 +15,7 @@ def ledger(program: Program) -> str:
     for name in ("sites", "nodes ±", "parameters ±", "trainable", "bytes ±", "ms"):
         table.add_column(name, justify="right")
     table.add_column("numerics")
-    table.add_column("options")
+    table.add_column("options, figures")
     for row in program.ledger:
         table.add_row(*_cells(row))
     console = Console(file=io.StringIO(), width=160, color_system=None)
@@ -25,6 +25,7 @@ def ledger(program: Program) -> str:
 
 def _cells(row: LedgerRow) -> list[str]:
     options = " ".join(f"{key}={_plain(value)}" for key, value in row.options.items())
+    options += "".join(f" {key}: {value:.3g}" for key, value in row.figures.items())
     numbers = (row.nodes, row.parameters)
     return [
         row.name,

@@ -74,6 +74,10 @@ class Run:
         return self.folder / "model"
 
     @property
+    def trained_file(self) -> Path:
+        return self.folder / "trained.safetensors"
+
+    @property
     def metrics_file(self) -> Path:
         return self.folder / "metrics.jsonl"
 

@@ -1,67 +1,37 @@
 """LoRA computes what PEFT computes, bit for bit, and its adapters are PEFT's."""
 
-import copy
-
-import peft
 import pytest
 import torch
 
 import graphtune as gt
-from graphtune.export.peft import from_peft, to_peft
-from graphtune.passes import LoRA, Merge
+from graphtune.losses import cross_entropy
+from graphtune.passes import DoRA, LoRA, Merge
 from tests.oracles.models import (
     FAMILIES,
+    MIXTURES,
     assert_same_tensors,
-    gradients,
     random_ids,
     tiny_gpt2,
     tiny_model,
 )
+from tests.oracles.peft import assert_bitwise, logits, peft_model, same_start, trainable
+
+KINDS = [(LoRA, {}), (DoRA, {"use_dora": True})]
+DENSE = sorted(set(FAMILIES) - set(MIXTURES))
 
 
-def peft_model(model, adapter=None, **options):
-    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config | options)).train()
-
-
-def peft_tensors(model):
-    """PEFT's adapter parameters under our names."""
-    return {
-        name.removeprefix("base_model.model.").replace(".default", ""): parameter
-        for name, parameter in model.named_parameters()
-        if "lora_" in name
-    }
-
-
-def same_adapter(model, program, seed=5):
-    """Give both the same adapter, B not zero."""
-    generator = torch.Generator().manual_seed(seed)
-    theirs = peft_tensors(model)
-    ours = {n: p for n, p in program.named_parameters() if "lora_" in n}
-    assert theirs.keys() == ours.keys()
-    with torch.no_grad():
-        for name, parameter in ours.items():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-            theirs[name].copy_(parameter)
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_logits_gradients_and_merged_weights_are_pefts(family):
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+@pytest.mark.parametrize("family", DENSE)
+def test_logits_gradients_and_merged_weights_are_pefts(family, kind, options):
     model = tiny_model(family)
-    program = gt.capture(model).apply(LoRA(rank=4, alpha=8))
-    reference = peft_model(model)
-    same_adapter(reference, program)
-    ids = random_ids(3, 12)
-    found, expected = program(ids), reference(input_ids=ids, use_cache=False).logits
-    assert torch.equal(found, expected)
-    theirs = {
-        n.removeprefix("base_model.model.").replace(".default", ""): g
-        for n, g in gradients(expected, reference).items()
-    }
-    assert_same_tensors(gradients(found, program), theirs)
+    program = gt.capture(model).apply(kind(rank=4, alpha=8))
+    reference = peft_model(model, **options)
+    same_start(reference, program)
+    assert_bitwise(program, reference)
     merged = program.apply(Merge())
     assert_same_tensors(merged.state_dict(), reference.merge_and_unload().state_dict())
-    torch.testing.assert_close(merged(ids), found, atol=1e-4, rtol=1e-4)
+    ids = random_ids(3, 12)
+    torch.testing.assert_close(merged(ids), program(ids), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -70,87 +40,146 @@ def test_logits_gradients_and_merged_weights_are_pefts(family):
         ({"rslora": True}, {"use_rslora": True}),
         ({"targets": ["q_proj", "*.v_proj"]}, {"target_modules": ["q_proj", "v_proj"]}),
         ({"targets": "re:.*layers.1.*proj"}, {"target_modules": r".*layers.1.*proj"}),
+        ({"layers": [1]}, {"target_modules": r".*layers.1.*proj"}),
         ({"alpha": 3}, {"lora_alpha": 3}),
+        ({"targets": ["lm_head", "q_proj"]}, {"target_modules": ["lm_head", "q_proj"]}),
+        ({"targets": ["embed_tokens"]}, {"target_modules": ["embed_tokens"]}),
+        (
+            {"targets": [{"sites": "q_proj", "layers": ["1..1"], "rank": 2, "alpha": 3}, "v_proj"]},
+            {
+                "target_modules": r".*(layers.1.*q_proj|v_proj)",
+                "rank_pattern": {"q_proj": 2},
+                "alpha_pattern": {"q_proj": 3},
+            },
+        ),
+        (
+            {"targets": [{"sites": ["k_proj", "o_proj"], "skip": True}, "re:.*self_attn.*"]},
+            {"target_modules": ["q_proj", "v_proj"]},
+        ),
+        ({"targets": ["q_proj"], "bias": "all"}, {"target_modules": ["q_proj"], "bias": "all"}),
+        (
+            {"targets": ["q_proj"], "bias": "lora_only"},
+            {"target_modules": ["q_proj"], "bias": "lora_only"},
+        ),
+        (
+            {"targets": ["q_proj"], "modules_to_save": ["lm_head", "model.norm"]},
+            {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "model.norm"]},
+        ),
     ],
 )
-def test_options_are_pefts(ours, theirs):
-    model = tiny_model("llama")
-    program = gt.capture(model).apply(LoRA(**{"rank": 4, "alpha": 8} | ours))
-    reference = peft_model(model, **theirs)
-    same_adapter(reference, program)
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_options_are_pefts(ours, theirs, kind, options):
+    model = tiny_model("qwen2")
+    program = gt.capture(model).apply(kind(**{"rank": 4, "alpha": 8} | ours))
+    reference = peft_model(model, **theirs | options)
+    same_start(reference, program)
+    assert_bitwise(program, reference)
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_scaled_embedding_is_pefts(kind, options):
+    model = tiny_model("gemma3")
+    program = gt.capture(model).apply(kind(rank=4, alpha=8, targets=["embed_tokens", "q_proj"]))
+    reference = peft_model(model, target_modules=["embed_tokens", "q_proj"], **options)
+    same_start(reference, program)
+    assert_bitwise(program, reference)
+    merged = program.apply(Merge())
     ids = random_ids(2, 9)
-    assert torch.equal(program(ids), reference(input_ids=ids, use_cache=False).logits)
+    torch.testing.assert_close(merged(ids), program(ids), atol=1e-4, rtol=1e-4)
 
 
-def test_dropout_is_pefts():
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_dropout_is_pefts(kind, options):
     model = tiny_model("llama")
-    program = gt.capture(model).apply(LoRA(rank=4, alpha=8, dropout=0.3))
-    reference = peft_model(model, lora_dropout=0.3)
-    same_adapter(reference, program)
+    program = gt.capture(model).apply(kind(rank=4, alpha=8, dropout=0.3))
+    reference = peft_model(model, lora_dropout=0.3, **options)
+    same_start(reference, program)
     ids = random_ids(2, 9)
     torch.manual_seed(11)
-    expected = reference(input_ids=ids, use_cache=False).logits
+    expected = logits(reference, ids)
     torch.manual_seed(11)
     assert torch.equal(program(ids), expected)
-    assert torch.equal(program.eval()(ids), reference.eval()(input_ids=ids, use_cache=False).logits)
+    assert torch.equal(program.eval()(ids), logits(reference.eval(), ids))
 
 
-def test_conv1d_is_pefts():
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_conv1d_is_pefts(kind, options):
     model = tiny_gpt2()
-    program = gt.capture(model).apply(LoRA(rank=4, alpha=8))
-    reference = peft_model(model, fan_in_fan_out=True)
-    same_adapter(reference, program)
-    ids = random_ids(2, 9)
-    found = program(ids)
-    assert torch.equal(found, reference(input_ids=ids, use_cache=False).logits)
+    program = gt.capture(model).apply(kind(rank=4, alpha=8))
+    reference = peft_model(model, fan_in_fan_out=True, **options)
+    same_start(reference, program)
+    assert_bitwise(program, reference)
     merged = program.apply(Merge())
     assert_same_tensors(merged.state_dict(), reference.merge_and_unload().state_dict())
 
 
-def test_training_takes_pefts_steps():
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_half_precision_base_is_pefts(kind, options):
+    model = tiny_model("qwen2").bfloat16()
+    program = gt.capture(model).apply(kind(rank=4, alpha=8))
+    assert {p.dtype for p in program.trainable_parameters()} == {torch.float32}
+    reference = peft_model(model, **options)
+    same_start(reference, program)
+    assert_bitwise(program, reference, mask=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours", "theirs"),
+    [
+        (LoRA, {}, {}),
+        (LoRA, {"rslora": True}, {"use_rslora": True}),
+        (DoRA, {}, {"use_dora": True}),
+        (LoRA, {"init": "pissa"}, {"init_lora_weights": "pissa"}),
+        (LoRA, {"targets": ["embed_tokens"]}, {"target_modules": ["embed_tokens"]}),
+    ],
+)
+def test_ten_steps_of_adamw_are_pefts(kind, ours, theirs):
     model = tiny_model("qwen2")
-    program = gt.capture(model).apply(LoRA(rank=4, alpha=8))
-    reference = peft_model(model)
-    same_adapter(reference, program)
-    theirs = peft_tensors(reference)
+    program = gt.capture(model).apply(kind(rank=4, alpha=8, **ours))
+    reference = peft_model(model, **theirs)
+    same_start(reference, program)
+    parameters = trainable(reference)
     step = gt.compile_step(
         program, torch.optim.AdamW(program.trainable_parameters(), lr=1e-2), compile=False
     )
-    optimizer = torch.optim.AdamW(theirs.values(), lr=1e-2)
-    for seed in range(5):
+    optimizer = torch.optim.AdamW([parameters[n] for n in _trainable(program)], lr=1e-2)
+    for seed in range(10):
         ids = random_ids(2, 9, seed)
-        loss = reference(input_ids=ids, labels=ids, use_cache=False).loss
+        tokens = ids[:, 1:].numel()
+        loss = cross_entropy(logits(reference, ids), ids) / tokens
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert step({"input_ids": ids, "labels": ids})["loss"] == pytest.approx(
-            loss.item(), rel=1e-5
-        )
-    for name, parameter in theirs.items():
-        torch.testing.assert_close(program.get_parameter(name), parameter, atol=1e-4, rtol=1e-3)
+        assert step({"input_ids": ids, "labels": ids})["loss"] == loss.item()
+    assert_same_tensors(_trainable(program), parameters)
 
 
-def test_adapter_goes_to_peft_and_back(tmp_path):
-    model = tiny_model("llama")
+def _trainable(program):
+    return {name: p for name, p in program.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_pissa_starts_where_peft_does(transposed):
+    model = tiny_gpt2() if transposed else tiny_model("qwen2")
+    program = gt.capture(model).apply(LoRA(rank=4, alpha=8, init="pissa"))
+    reference = peft_model(model, init_lora_weights="pissa", fan_in_fan_out=transposed)
+    theirs = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter
+        for name, parameter in reference.named_parameters()
+    }
+    assert_same_tensors(dict(program.named_parameters()), theirs)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_8", "orthogonal"])
+def test_other_starts_leave_the_model_as_it_is(init):
+    model = tiny_model("qwen2")
     base = gt.capture(model)
-    program = base.apply(LoRA(rank=4, alpha=8, rslora=True, targets=["q_proj", "down_proj"]))
-    reference = peft_model(model, use_rslora=True, target_modules=["q_proj", "down_proj"])
-    same_adapter(reference, program)
+    tuned = base.apply(LoRA(rank=4, init=init))
     ids = random_ids(2, 9)
-    logits = program(ids)
-
-    to_peft(program, tmp_path / "ours")
-    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours")
-    assert torch.equal(loaded(input_ids=ids, use_cache=False).logits, logits)
-
-    loaded.save_pretrained(tmp_path / "theirs")
-    assert torch.equal(from_peft(base, tmp_path / "theirs")(ids), logits)
-
-
-def test_adapter_for_another_base_is_refused(tmp_path):
-    to_peft(gt.capture(tiny_model("llama")).apply(LoRA(rank=4)), tmp_path)
-    with pytest.raises(gt.UserError, match="matches no site"):
-        from_peft(gt.capture(tiny_model("phi3")), tmp_path)
+    torch.testing.assert_close(tuned(ids), base(ids), atol=1e-4, rtol=1e-4)
+    b = tuned.get_parameter("model.layers.0.self_attn.q_proj.lora_B.default.weight")
+    assert b.abs().max() > 0
+    assert torch.equal(base(ids), model(input_ids=ids, use_cache=False).logits)
 
 
 def test_the_given_program_stays_and_tensors_are_shared():
@@ -176,7 +205,7 @@ def test_the_given_program_stays_and_tensors_are_shared():
 
 def test_initial_a_has_the_documented_distribution():
     base = gt.capture(tiny_model("llama"))
-    name = "model.layers.0.mlp.down_proj.lora_A.weight"
+    name = "model.layers.0.mlp.down_proj.lora_A.default.weight"
     torch.manual_seed(0)
     kaiming = base.apply(LoRA(rank=32, targets=["down_proj"])).get_parameter(name)
     bound = (1 / kaiming.shape[1]) ** 0.5  # kaiming uniform with a = sqrt(5)
@@ -193,6 +222,12 @@ def test_initial_a_has_the_documented_distribution():
         ({"targets": ["q_proj", "nothing_at_all"]}, "nothing_at_all"),
         ({"targets": ["re:("]}, "regular expression"),
         ({"rank": 17}, r"passes.lora.rank=17.*k_proj.*at most 16"),
+        ({"layers": [5]}, r"passes.lora.layers=\[5\].*layers 0..1"),
+        ({"layers": ["3..1"]}, r"passes.lora.layers=.*such as \[8..15\]"),
+        ({"targets": [{"sites": "q_proj", "rnk": 3}]}, "no option `rnk`.*did you mean `rank`"),
+        ({"targets": [{"sites": "q_proj", "rank": "3"}]}, "`rank=3` must be of type int"),
+        ({"targets": [{"rank": 3}]}, r"targets\[0\].sites"),
+        ({"init": "pissa", "targets": ["embed_tokens"]}, "init=pissa.*embed_tokens"),
     ],
 )
 def test_what_cannot_be_applied_is_refused_before_and_after_capture(options, message):
@@ -203,16 +238,29 @@ def test_what_cannot_be_applied_is_refused_before_and_after_capture(options, mes
         gt.capture(model).apply(LoRA(**options))
 
 
-@pytest.mark.parametrize("options", [{"rank": 0}, {"dropout": 1.0}, {"init": "zeros"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 0},
+        {"dropout": 1.0},
+        {"init": "zeros"},
+        {"init": "kaiming_niter_3"},
+        {"rank": 3, "init": "orthogonal"},
+        {"bias": "some"},
+        {"dtype": "float8"},
+        {"adapter": "a.b"},
+    ],
+)
 def test_wrong_options_are_refused(options):
     with pytest.raises(gt.UserError, match=f"passes.lora.{next(iter(options))}"):
         LoRA(**options)
 
 
-def test_two_loras_are_refused():
-    tuned = gt.capture(tiny_model("llama")).apply(LoRA())
-    with pytest.raises(gt.UserError, match="passes.lora.*cannot follow"):
-        tuned.apply(LoRA())
+def test_two_adapters_of_one_name_are_refused():
+    tuned = gt.capture(tiny_model("llama")).apply(LoRA(targets=["q_proj"]))
+    for other in (LoRA(targets=["q_proj"]), DoRA(targets=["v_proj"])):
+        with pytest.raises(gt.UserError, match="adapter=default.*another name"):
+            tuned.apply(other)
 
 
 def test_merge_without_adapter_is_refused():
@@ -225,7 +273,7 @@ def test_adapting_the_tied_head_does_not_leak_into_the_embedding():
     base = gt.capture(model)
     tuned = base.apply(LoRA(rank=4, targets=["lm_head"]))
     with torch.no_grad():
-        tuned.get_parameter("lm_head.lora_B.weight").fill_(0.1)
+        tuned.get_parameter("lm_head.lora_B.default.weight").fill_(0.1)
     ids = random_ids(2, 7)
     merged = tuned.apply(Merge())
     torch.testing.assert_close(merged(ids), tuned(ids), atol=1e-4, rtol=1e-4)

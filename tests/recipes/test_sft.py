@@ -122,7 +122,10 @@ def test_interrupt_saves_the_adapter(config, write, tmp_path, monkeypatch):
     run = tmp_path / "run"
     assert len(lines(run / "metrics.jsonl")) == 3
     program, _ = load_run(run)
-    assert program.get_parameter("model.layers.0.self_attn.q_proj.lora_B.weight").abs().max() > 0
+    assert (
+        program.get_parameter("model.layers.0.self_attn.q_proj.lora_B.default.weight").abs().max()
+        > 0
+    )
 
 
 def test_inspect_shows_tree_and_ledger(config, write, capsys):
