@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ Batch = Mapping[str, Tensor]
 
 
 def plan_hash(program: Program) -> str:
-    """Hash of the passes and options that made a program.
+    """Hash of the passes and options that made a program, and of graphtune's version.
 
-    It salts torch's compile caches, which ignore metadata that passes set on nodes.
+    It salts torch's compile caches, which ignore metadata that passes set on nodes, and what our
+    operators are made of.
     """
-    plan = [(row.name, dict(row.options)) for row in program.ledger]
+    plan = [version("graphtune"), *((row.name, dict(row.options)) for row in program.ledger)]
     return hashlib.sha256(json.dumps(plan, default=str, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -70,6 +70,16 @@ def test_unmerge_is_exact():
         program.apply(Merge()).apply(Unmerge())
 
 
+def test_a_merged_program_can_be_adapted_again():
+    _, program, _ = two_adapters()
+    again = program.apply(Merge()).apply(LoRA(rank=2, targets=["q_proj"], adapter="a"))
+    with torch.no_grad():
+        for parameter in again.trainable_parameters():
+            parameter.add_(0.1)
+    merged = again.apply(Merge())
+    torch.testing.assert_close(merged(IDS), again(IDS), atol=1e-4, rtol=1e-4)
+
+
 def test_modules_to_save_switch_and_merge():
     model = tiny_model("llama")
     base = gt.capture(model)

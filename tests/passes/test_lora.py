@@ -1,5 +1,7 @@
 """LoRA computes what PEFT computes, bit for bit, and its adapters are PEFT's."""
 
+import functools
+
 import pytest
 import torch
 
@@ -16,22 +18,47 @@ from tests.oracles.models import (
 )
 from tests.oracles.peft import assert_bitwise, logits, peft_model, same_start, trainable
 
+EMBEDDINGS = ["embed_tokens", "down_proj"]
 KINDS = [(LoRA, {}), (DoRA, {"use_dora": True})]
 DENSE = sorted(set(FAMILIES) - set(MIXTURES))
 
 
-@pytest.mark.parametrize(("kind", "options"), KINDS)
-@pytest.mark.parametrize("family", DENSE)
-def test_logits_gradients_and_merged_weights_are_pefts(family, kind, options):
-    model = tiny_model(family)
-    program = gt.capture(model).apply(kind(rank=4, alpha=8))
-    reference = peft_model(model, **options)
+TECHNIQUES = {
+    "lora": (LoRA, {}, {}),
+    "rslora": (LoRA, {"rslora": True}, {"use_rslora": True}),
+    "dora": (DoRA, {}, {"use_dora": True}),
+    "pissa": (LoRA, {"init": "pissa"}, {"init_lora_weights": "pissa"}),
+    "embedding": (LoRA, {"targets": EMBEDDINGS}, {"target_modules": EMBEDDINGS}),
+}
+
+
+@functools.cache
+def captured(family):
+    """Shared by tests that do not train the base."""
+    model = tiny_gpt2() if family == "gpt2" else tiny_model(family)
+    return model, gt.capture(model)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("family", [*DENSE, "gpt2"])
+def test_every_technique_is_pefts_on_every_family(family, technique):
+    """Logits, gradients and merged weights, bit for bit."""
+    kind, ours, theirs = TECHNIQUES[technique]
+    if family == "gpt2" and technique == "embedding":
+        ours, theirs = {"targets": ["wte"]}, {"target_modules": ["wte"]}
+    model, base = captured(family)
+    program = base.apply(kind(rank=4, alpha=8, **ours))
+    conv1d = family == "gpt2" and technique != "embedding"
+    reference = peft_model(model, **theirs, fan_in_fan_out=conv1d)
     same_start(reference, program)
     assert_bitwise(program, reference)
     merged = program.apply(Merge())
-    assert_same_tensors(merged.state_dict(), reference.merge_and_unload().state_dict())
     ids = random_ids(3, 12)
     torch.testing.assert_close(merged(ids), program(ids), atol=1e-4, rtol=1e-4)
+    expected = reference.merge_and_unload().state_dict()
+    if technique == "embedding":  # PEFT merges into the tied head too, which was not adapted
+        expected["lm_head.weight"] = merged.state_dict()["lm_head.weight"]
+    assert_same_tensors(merged.state_dict(), expected)
 
 
 @pytest.mark.parametrize(
@@ -69,23 +96,23 @@ def test_logits_gradients_and_merged_weights_are_pefts(family, kind, options):
 )
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_options_are_pefts(ours, theirs, kind, options):
-    model = tiny_model("qwen2")
-    program = gt.capture(model).apply(kind(**{"rank": 4, "alpha": 8} | ours))
+    model, base = captured("qwen2")
+    program = base.apply(kind(**{"rank": 4, "alpha": 8} | ours))
     reference = peft_model(model, **theirs | options)
     same_start(reference, program)
     assert_bitwise(program, reference)
 
 
-@pytest.mark.parametrize(("kind", "options"), KINDS)
-def test_scaled_embedding_is_pefts(kind, options):
-    model = tiny_model("gemma3")
-    program = gt.capture(model).apply(kind(rank=4, alpha=8, targets=["embed_tokens", "q_proj"]))
-    reference = peft_model(model, target_modules=["embed_tokens", "q_proj"], **options)
+@pytest.mark.parametrize("family", ["gemma3", "qwen2"])
+def test_embedding_dora_is_pefts(family):
+    """Also where the embedding is scaled, as Gemma's is."""
+    model, base = captured(family)
+    program = base.apply(DoRA(rank=4, alpha=8, targets=EMBEDDINGS))
+    reference = peft_model(model, target_modules=EMBEDDINGS, use_dora=True)
     same_start(reference, program)
     assert_bitwise(program, reference)
-    merged = program.apply(Merge())
     ids = random_ids(2, 9)
-    torch.testing.assert_close(merged(ids), program(ids), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(program.apply(Merge())(ids), program(ids), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
@@ -100,17 +127,6 @@ def test_dropout_is_pefts(kind, options):
     torch.manual_seed(11)
     assert torch.equal(program(ids), expected)
     assert torch.equal(program.eval()(ids), logits(reference.eval(), ids))
-
-
-@pytest.mark.parametrize(("kind", "options"), KINDS)
-def test_conv1d_is_pefts(kind, options):
-    model = tiny_gpt2()
-    program = gt.capture(model).apply(kind(rank=4, alpha=8))
-    reference = peft_model(model, fan_in_fan_out=True, **options)
-    same_start(reference, program)
-    assert_bitwise(program, reference)
-    merged = program.apply(Merge())
-    assert_same_tensors(merged.state_dict(), reference.merge_and_unload().state_dict())
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
