@@ -14,6 +14,7 @@ from torch import Tensor
 from graphtune.errors import UserError
 from graphtune.losses import cross_entropy, labelled_tokens
 from graphtune.program import Program
+from graphtune.quantization import recompute_in_backward
 from graphtune.torch_private import salted_cache
 
 Batch = Mapping[str, Tensor]
@@ -56,10 +57,14 @@ class TrainStep:
         )
         return cross_entropy(logits, batch["labels"])
 
+    def _plain_loss_sum(self, batch: Batch) -> Tensor:
+        with recompute_in_backward():  # what the compiler does by the graph's tags
+            return self._eager_loss_sum(batch)
+
     def loss_sum(self, batch: Batch) -> Tensor:
         """Loss summed over the batch's labelled tokens, differentiable."""
         if self._compiled is None:
-            return self._eager_loss_sum(batch)
+            return self._plain_loss_sum(batch)
         with salted_cache(self._tag):
             return self._compiled(batch)
 
@@ -113,7 +118,7 @@ class TrainStep:
         was_training = self.program.training
         self.program.eval()
         try:
-            expected_loss, expected = self._gradients(self._eager_loss_sum, batch)
+            expected_loss, expected = self._gradients(self._plain_loss_sum, batch)
             loss, found = self._gradients(self.loss_sum, batch)
         finally:
             self.program.train(was_training)

@@ -54,12 +54,9 @@ def test_qlora_is_torchaos():
         assert (found - factor.grad).norm() <= 1e-6 * factor.grad.norm(), name
 
 
-def saved_weights(program, compile=True):
-    """Tensors saved for the backward pass that are as large as a quantized weight."""
+def kept_weights(program, loss_sum):
+    """The loss, and how many tensors kept for its backward are as large as a quantized weight."""
     sizes = {128 * 128, 128 * 256}
-    step = gt.compile_step(
-        program, torch.optim.SGD(program.trainable_parameters(), lr=0.1), compile=compile
-    )
     ids = random_ids(2, 11)
     found = []
 
@@ -68,27 +65,61 @@ def saved_weights(program, compile=True):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step.loss_sum({"input_ids": ids, "labels": ids})
+        loss = loss_sum({"input_ids": ids, "labels": ids})
     frozen = {p.data_ptr() for p in program.parameters()}
-    large = [t for t in found if t.numel() in sizes and t.is_floating_point() and t.dim() == 2]
-    return loss, [t for t in large if t.data_ptr() not in frozen]
+    large = [t for t in found if t.is_floating_point() and t.dim() == 2 and t.numel() in sizes]
+    return loss, sum(t.data_ptr() not in frozen for t in large)
 
 
 @pytest.mark.parametrize("kind", [LoRA, DoRA])
-def test_no_dequantized_weight_is_saved_for_backward(kind):
+def test_no_dequantized_weight_is_kept_for_backward(kind):
     program = gt.capture(tiny_llama(False, False, layers=2)).apply(Quantize(), kind(rank=4))
     shake(program)
-    loss, weights = saved_weights(program)
-    assert weights == []
-    eager, kept = saved_weights(program, compile=False)
-    # Without the compiler's partitioner all are kept but those of the first layer's q, k and v,
-    # whose input needs no gradient: the test can fail.
-    assert len(kept) == 11
+    step = gt.compile_step(program, torch.optim.SGD(program.trainable_parameters(), lr=0.1))
+    loss, kept = kept_weights(program, step.loss_sum)
+    assert kept == 0
+    # Torch's own way keeps all but those of the first layer's q, k and v, whose input needs no
+    # gradient: the test can fail.
+    eager, kept = kept_weights(program, step._eager_loss_sum)
+    assert kept == 11
     torch.testing.assert_close(loss, eager, rtol=1e-5, atol=1e-5)
-    gradients = torch.autograd.grad(loss, list(program.trainable_parameters()))
-    others = torch.autograd.grad(eager, list(program.trainable_parameters()))
+    gradients = torch.autograd.grad(loss, step.parameters)
+    others = torch.autograd.grad(eager, step.parameters)
     for one, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def _large_saved(loss):
+    """Of the tensors that a graph of autograd holds, those as large as a quantized weight."""
+    nodes, seen, found = [loss.grad_fn], set(), 0
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        for name in dir(node):
+            if name.startswith("_raw_saved_"):
+                data = getattr(node, name).data if hasattr(getattr(node, name), "data") else None
+                found += isinstance(data, torch.Tensor) and data.numel() in (16384, 32768)
+    return found
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8", "int4"])
+def test_an_uncompiled_step_keeps_none_either(format):
+    program = gt.capture(tiny_llama(False, False)).apply(Quantize(format=format), LoRA(rank=4))
+    shake(program)
+    step = gt.compile_step(
+        program, torch.optim.SGD(program.trainable_parameters(), lr=0.1), compile=False
+    )
+    batch = {"input_ids": IDS, "labels": IDS}
+    loss = step.loss_sum(batch)
+    assert _large_saved(loss) == 1  # the output head's weight, which is a parameter
+    assert _large_saved(step._eager_loss_sum(batch)) == 5  # q, k, v, gate, up: no gradient in
+    found = torch.autograd.grad(loss, step.parameters)
+    expected = torch.autograd.grad(step._eager_loss_sum(batch), step.parameters)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(("format", "bits"), [("nf4", 4.2), ("int8", 8.3), ("int4", 5.1)])
