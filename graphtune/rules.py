@@ -16,6 +16,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from graphtune.errors import UserError
@@ -35,6 +36,14 @@ class Place(Protocol):
     @property
     def in_all_linear(self) -> bool:
         """Whether `all-linear` covers it."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A place that is nothing but its name, such as a parameter."""
+
+    name: str
+    in_all_linear: bool = False
 
 
 def match(

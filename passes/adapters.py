@@ -18,7 +18,7 @@ from graphtune.errors import UserError
 from graphtune.passes.base import Numerics, Pass, Stage
 from graphtune.program import Program
 from graphtune.rewrite import Edit
-from graphtune.rules import match
+from graphtune.rules import Named, match
 from graphtune.sites import Site, module_of
 
 if TYPE_CHECKING:
@@ -143,15 +143,9 @@ def save_modules(edit: Edit, modules: Sequence[str], adapter: str, *, key: str) 
     read_saved(edit, adapter)
 
 
-@dataclass(frozen=True)
-class _Module:
-    name: str
-    in_all_linear: bool = False
-
-
-def _modules(edit: Edit) -> Iterable[_Module]:
+def _modules(edit: Edit) -> Iterable[Named]:
     owners = (n.rpartition(".")[0] for n in edit.parameters if not is_adapter_parameter(n))
-    return [_Module(name) for name in dict.fromkeys(owners)]
+    return [Named(name) for name in dict.fromkeys(owners)]
 
 
 def read_saved(edit: Edit, adapter: str) -> None:

@@ -11,14 +11,8 @@ from torch import nn
 from graphtune.passes.adapters import is_adapter_parameter
 from graphtune.passes.base import Numerics, Pass, Stage
 from graphtune.rewrite import Edit
-from graphtune.rules import Target, match
+from graphtune.rules import Named, Target, match
 from graphtune.sites import Site
-
-
-@dataclass(frozen=True)
-class _Parameter:
-    name: str
-    in_all_linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Full(Pass):
         for name in names:
             owner.setdefault(name, []).append(name)
             owner.setdefault(name.rpartition(".")[0], []).append(name)
-        places = [_Parameter(name) for name in owner]
+        places = [Named(name) for name in owner]
         chosen = match(places, self.targets, layers=self.layers, key=f"passes.{self.name}.targets")
         return list(dict.fromkeys(name for place in chosen for name in owner[place]))
 

@@ -1,24 +1,16 @@
 """Rules: the first that matches a name decides."""
 
-from dataclasses import dataclass
-
 import pytest
 
 from graphtune.errors import UserError
-from graphtune.rules import match
-
-
-@dataclass(frozen=True)
-class Named:
-    name: str
-    in_all_linear: bool = True
+from graphtune.rules import Named, match
 
 
 PLACES = [
-    Named(f"model.layers.{layer}.{part}")
+    Named(f"model.layers.{layer}.{part}", in_all_linear=True)
     for layer in range(12)
     for part in ("attn.q_proj", "attn.k_proj", "mlp.up_proj")
-] + [Named("lm_head", in_all_linear=False)]
+] + [Named("lm_head")]
 
 
 def chosen(*targets, layers=None):

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from graphtune.rules import match
+from graphtune.rules import Named, match
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,6 @@ class ParameterGroup:
     parameters: tuple[str, ...]
     lr_ratio: float = 1.0
     weight_decay: float | None = None
-
-
-@dataclass(frozen=True)
-class _Named:
-    name: str
-    in_all_linear: bool = False
 
 
 def parameter_groups(
@@ -59,7 +53,7 @@ def parameter_groups(
         UserError: a pattern matches no parameter that trains.
     """
     left = {name: parameter for name, parameter in parameters if parameter.requires_grad}
-    names = [_Named(name) for name in left]
+    names = [Named(name) for name in left]
     made = []
     for index, group in enumerate(groups):
         chosen = match(names, group.parameters, key=f"{key}[{index}].parameters")
