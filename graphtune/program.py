@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -228,6 +229,26 @@ class Program(nn.Module):
         """Buffers by name, with whether `state_dict` holds them."""
         saved = self.state_dict(keep_vars=True).keys()
         return {n: (b, n in saved) for n, b in self.named_buffers(remove_duplicate=False)}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the program, graph and tensors, to one safetensors file; see `Program.load`."""
+        from graphtune.serialize import save_program
+
+        return save_program(self, path)
+
+    @staticmethod
+    def load(path: str | Path, *, device: torch.device | str | None = None) -> Program:
+        """Read a program that `save` wrote.
+
+        Args:
+            device: where its tensors go; None is torch's default device.
+
+        Raises:
+            UserError: no such file, or it is not a program.
+        """
+        from graphtune.serialize import load_program
+
+        return load_program(path, device=device)
 
     def tree(self) -> str:
         """The module tree, identical layers folded, with badges for what each pass did."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled as _wrap_with_set_grad_enabled
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 
 def is_grad_mode_block(node: fx.Node) -> bool:
@@ -41,6 +42,25 @@ def propagate(like: FakeTensor, target: Any, args: tuple, kwargs: dict) -> Any:
     """The shape-only result of `target(*args, **kwargs)` in the fake world of `like`."""
     with like.fake_mode:
         return target(*args, **kwargs)
+
+
+def symbolic_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Shape-only inputs of a program, whose batch and sequence are symbols.
+
+    `torch.export` makes such symbols while it traces; a graph that is read from a file needs them
+    without a trace, and a `ShapeEnv` has no public way to make one.
+
+    Returns:
+        ids (batch, seq) int64, mask (batch, 1, seq, seq) bool, positions (batch, seq) int64.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC])
+    example = torch.zeros(3, 11, dtype=torch.int64, device=device)
+    ids = mode.from_tensor(example, symbolic_context=free)
+    batch, seq = ids.shape
+    with mode:
+        mask = torch.empty(batch, 1, seq, seq, dtype=torch.bool, device=device)
+        return ids, mask, torch.empty_like(ids)
 
 
 def salted_cache(salt: str) -> AbstractContextManager:

@@ -5,7 +5,6 @@ import pytest
 from graphtune.errors import UserError
 from graphtune.rules import Named, match
 
-
 PLACES = [
     Named(f"model.layers.{layer}.{part}", in_all_linear=True)
     for layer in range(12)

@@ -40,3 +40,13 @@ def test_shapes_propagate_symbolically():
     assert torch_private.size_at(result.shape[0], {symbol: 7}) == 7
     assert torch_private.size_at(result.shape[0] * 2 + 1, {symbol: 7}) == 15
     assert torch_private.size_at(5, {}) == 5
+
+
+def test_symbolic_inputs_have_free_sizes():
+    ids, mask, positions = torch_private.symbolic_inputs(torch.device("cpu"))
+    batch, seq = map(torch_private.size_symbol, ids.shape)
+    assert batch and seq and batch != seq
+    assert [torch_private.size_symbol(size) for size in mask.shape] == [batch, None, seq, seq]
+    assert [torch_private.size_symbol(size) for size in positions.shape] == [batch, seq]
+    doubled = torch_private.propagate(ids, torch.ops.aten.cat.default, ([ids, ids], 1), {})
+    assert torch_private.size_at(doubled.shape[1], {batch: 3, seq: 5}) == 10
