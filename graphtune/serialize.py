@@ -118,9 +118,9 @@ def _tensors(program: Program) -> tuple[dict[str, Tensor], dict[str, dict[str, A
     """What goes into the file, tied tensors once, and what is said of each name."""
     first: dict[int, str] = {}
     stored, described = {}, {}
-    everything = [(name, p, True) for name, p in program.all_parameters().items()]
-    everything += [(name, b, saved) for name, (b, saved) in program.all_buffers().items()]
-    for name, tensor, saved in everything:
+    everything: dict[str, tuple[Tensor, bool]] = {**program.all_buffers()}
+    everything |= {name: (p, True) for name, p in program.all_parameters().items()}
+    for name, (tensor, saved) in everything.items():
         owner = first.setdefault(id(tensor), name)
         if owner == name and not tensor.is_meta:
             stored[name] = tensor.detach().clone().contiguous()
@@ -292,7 +292,7 @@ def _write(value: Any) -> Any:
     if isinstance(value, torch.device):
         return {"$device": str(value)}
     if isinstance(value, Format):
-        return {"$format": [value.name, dataclasses.asdict(value)]}
+        return {"$format": [value.name, vars(value)]}
     for key, kind in _TYPES.items():
         if isinstance(value, kind):
             return {f"${key}": str(value).removeprefix("torch.")}
