@@ -11,9 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from graphtune.errors import UserError
 from graphtune.passes.adapters import is_adapter_parameter
@@ -117,12 +123,20 @@ def _config_of(program: nn.Module, state: Mapping[str, Tensor]) -> PreTrainedCon
         del config.quantization_config
     config.use_cache = True  # load_model turns it off, for training
     info = getattr(program, "info", None)
-    config.architectures = [info.model_class if info else type(program).__name__]
+    config.architectures = [
+        _class_name(info.model_class if info else type(program).__name__, config)
+    ]
     tied = _embedding_is_tied(state, config.get_text_config().vocab_size)
     if tied is not None:
         config.tie_word_embeddings = tied
         config.get_text_config().tie_word_embeddings = tied
     return config
+
+
+def _class_name(name: str, config: PreTrainedConfig) -> str:
+    """The class in transformers that loads the weights; ours has their names, not its own."""
+    known = hasattr(transformers, name)
+    return name if known else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
 
 
 def _main_dtype(state: Mapping[str, Tensor]) -> torch.dtype:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphtune.capture_cache import cache_file, keep, recall
 from graphtune.errors import UserError
+from graphtune.models.transformer import Transformer
 from graphtune.normalize import normalize
 from graphtune.program import Deferred, ModelInfo, Program
 from graphtune.torch_private import size_symbol
@@ -35,7 +37,12 @@ def capture(model: nn.Module) -> Program:
         UserError: the model cannot be captured as it is; the message says why.
     """
     _check(model)
-    windows = _windows(getattr(model, "config", None))
+    path = cache_file(model)
+    if path is not None and (kept := recall(path, model)) is not None:
+        return kept
+    # Our own decoder lays the windows of its layers into the one mask itself.
+    own = isinstance(model, Transformer)
+    windows = _windows(None if own else getattr(model, "config", None))
     exported = _export(model, windows)
     graph_module = exported.module(check_guards=False)
     graph = normalize(graph_module, exported.call_spec.out_spec, windows)
@@ -51,7 +58,10 @@ def capture(model: nn.Module) -> Program:
     )
     checkpoint = parameters | {name: b for name, (b, is_saved) in buffers.items() if is_saved}
     deferred = Deferred(checkpoint) if empty else None
-    return Program(graph, parameters, buffers, info, deferred=deferred).train(model.training)
+    program = Program(graph, parameters, buffers, info, deferred=deferred).train(model.training)
+    if path is not None:
+        keep(path, program)
+    return program
 
 
 def _check(model: nn.Module) -> None:

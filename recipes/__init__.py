@@ -60,7 +60,9 @@ def origin(model: ModelConfig) -> dict[str, Any]:
 def empty_model(model: ModelConfig, device: torch.device) -> nn.Module:
     """The model without weights, in the dtype that it will have on a device."""
     dtype = resolve_dtype(model.dtype, device)
-    return load_model(model.id, dtype=dtype, device="meta", **origin(model))
+    return load_model(
+        model.id, dtype=dtype, device="meta", implementation=model.implementation, **origin(model)
+    )
 
 
 def save_trained(program: Program, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
@@ -104,9 +106,13 @@ def load_run(
     tokenizer = load_tokenizer(config.model.id, **origin(config.model))
     device = pick_device(config.device)
     if tuned and run.model_dir.is_dir():
-        return capture(
-            load_model(run.model_dir, dtype=config.model.dtype, device=device)
-        ), tokenizer
+        model = load_model(
+            run.model_dir,
+            dtype=config.model.dtype,
+            device=device,
+            implementation=config.model.implementation,
+        )
+        return capture(model), tokenizer
     passes = [part for one in make_passes(config.passes) for part in one.parts()]
     if not quantized:
         passes = [one for one in passes if one.stage != Stage.QUANTIZE]

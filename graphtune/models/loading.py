@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate import init_empty_weights
@@ -37,7 +37,9 @@ from transformers import (
 
 from graphtune.errors import UserError
 from graphtune.models import pypi
+from graphtune.models.families import build_model, read_options
 from graphtune.models.gguf import load_gguf_config, load_gguf_model, load_gguf_tokenizer
+from graphtune.models.transformer import Transformer
 
 _DTYPES = {
     "bf16": torch.bfloat16,
@@ -49,6 +51,8 @@ _DTYPES = {
 }
 _HUB_TIMEOUT_S = 10
 
+Implementation = Literal["auto", "graphtune", "transformers"]
+
 
 def load_model(
     id: str | Path,
@@ -57,8 +61,9 @@ def load_model(
     device: torch.device | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    implementation: Implementation = "transformers",
 ) -> torch.nn.Module:
-    """Load a causal language model as a plain transformers module, ready for `capture`.
+    """Load a causal language model as a plain module, ready for `capture`.
 
     It comes back in train mode, without a generation cache, with `scaled_dot_product_attention`
     (eager attention where its class has no other), and with the id it was loaded from as
@@ -76,30 +81,35 @@ def load_model(
         device: where the weights go; None is torch's default device.
         revision: branch, tag or commit on the hub.
         trust_remote_code: let the hub repository's own Python code run.
+        implementation: whose module: "transformers", "graphtune" (our `Transformer`, for the
+            families that it knows), or "auto": ours where it can, else theirs.
 
     Raises:
-        UserError: no such model, dtype or device, or a checkpoint that cannot be loaded.
+        UserError: no such model, dtype, device or implementation, a checkpoint that cannot be
+            loaded, or one that our decoder does not know.
     """
     target = _device(device)
     loaded_dtype = resolve_dtype(dtype, target)
     source = resolve(id)
     model: Any  # transformers' annotations allow neither a new attribute nor .to(device)
     with as_user_error(id):
+        config = load_config(id, revision=revision, trust_remote_code=trust_remote_code)
+        if not is_gguf(source):
+            refuse_quantized(id, config)
+        ours = _wants_ours(implementation, config)
         if target.type == "meta":
-            config = load_config(id, revision=revision, trust_remote_code=trust_remote_code)
-            if not is_gguf(source):
-                refuse_quantized(id, config)
             model = empty_model(config, loaded_dtype, trust_remote_code=trust_remote_code)
-            model.graphtune_buffers = _move_buffers_aside(model)
         elif is_gguf(source):
             model = load_gguf_model(Path(source), loaded_dtype)
         else:
             options = pretrained_options(source, revision, trust_remote_code)
-            config = AutoConfig.from_pretrained(source, **options)
-            refuse_quantized(id, config)
             model = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=loaded_dtype, **options
             )
+    if ours:
+        model = _as_ours(model)
+    if target.type == "meta":
+        model.graphtune_buffers = _move_buffers_aside(model)
     model.config.use_cache = False
     model.graphtune_source = str(id)
     return model.to(target).train()
@@ -127,6 +137,36 @@ def empty_model(
             tensor.data = tensor.data.float()
     model.tie_weights()  # a parameter that is set twice is two parameters to accelerate
     return model
+
+
+def _wants_ours(implementation: str, config: PretrainedConfig) -> bool:
+    known = get_args(Implementation)
+    if implementation not in known:
+        close = difflib.get_close_matches(str(implementation), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join(known)}"
+        raise UserError(f"model.implementation: {implementation!r} is unknown; {hint}")
+    if implementation == "transformers":
+        return False
+    try:
+        read_options(config)
+    except UserError:
+        if implementation == "graphtune":
+            raise
+        return False
+    return True
+
+
+def _as_ours(model: Any) -> Transformer:
+    """Our decoder over the weights of a transformers model, which it shares.
+
+    transformers reads the checkpoint whichever implementation is asked for: it knows all layouts
+    that weights were ever saved in.
+    """
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):
+        ours = build_model(model.config)
+    ours.load_state_dict(model.state_dict(), assign=True)
+    ours.tie_weights()
+    return ours
 
 
 def _move_buffers_aside(model: torch.nn.Module) -> dict[str, torch.Tensor]:

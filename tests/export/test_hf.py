@@ -190,3 +190,13 @@ def test_nothing_is_left_if_writing_fails(tmp_path):
     with pytest.raises(OSError, match="no space"):
         to_hf(tiny_model("llama"), tmp_path / "out", tokenizer=failing)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_our_own_decoder_is_written_as_transformers_class(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "theirs")
+    ours = gt.load_model(tmp_path / "theirs", implementation="graphtune")
+    to_hf(gt.capture(ours), tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    ids = random_ids(2, 9)
+    torch.testing.assert_close(again(ids).logits, ours(ids), atol=1e-4, rtol=1e-4)
+    assert type(again).__name__ == "LlamaForCausalLM"

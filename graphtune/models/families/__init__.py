@@ -1,0 +1,86 @@
+"""Model families as data: one file each, which turns a Hugging Face config into options.
+
+To add one see docs/models.md.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from transformers import PretrainedConfig
+
+from graphtune.errors import UserError
+from graphtune.models.families import (
+    gemma,
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm2,
+    smollm3,
+    starcoder2,
+)
+from graphtune.models.families.family import Family, Size
+from graphtune.models.transformer import DecoderOptions, Transformer
+
+__all__ = ["FAMILIES", "Family", "Size", "build_model", "read_options"]
+
+FAMILIES: tuple[Family, ...] = tuple(
+    module.FAMILY
+    for module in (
+        gemma,
+        gemma2,
+        gemma3,
+        granite,
+        llama,
+        mistral,
+        mixtral,
+        phi3,
+        qwen2,
+        qwen2_moe,
+        qwen3,
+        qwen3_moe,
+        smollm2,
+        smollm3,
+        starcoder2,
+    )
+)
+_BY_TYPE = {family.model_type: family for family in FAMILIES}  # those of one type read alike
+
+
+def read_options(config: PretrainedConfig) -> DecoderOptions:
+    """What a config means, read by the family that has its `model_type`.
+
+    Raises:
+        UserError: there is no such family, or the config asks for what the decoder has not.
+    """
+    family = _BY_TYPE.get(config.model_type)
+    if family is None:
+        raise UserError(
+            "model.implementation: graphtune has no decoder for the model type "
+            f"{config.model_type!r}, only for {', '.join(sorted(_BY_TYPE))}; use 'transformers'"
+        )
+    return family.read(config)
+
+
+def build_model(config: PretrainedConfig) -> Transformer:
+    """A model with random weights, on the default device and in the default dtype.
+
+    Args:
+        config: the model keeps a copy of it as `config`.
+
+    Raises: as `read_options`.
+    """
+    model = Transformer(read_options(config))
+    model.initialize(config.initializer_range)
+    model.config = copy.deepcopy(config)
+    # How another class attends says nothing about this one, which knows one way.
+    model.config._attn_implementation = None
+    return model
