@@ -1,4 +1,5 @@
 # make quickstart   fine-tune a real model, from nothing
+# make coverage-models  build, capture and train every architecture of transformers, tiny
 # make test         test everything that is fast; test-all: the slow tests too
 # Both make .venv and install into it first. PYTHON=python3.12 picks another interpreter.
 
@@ -11,7 +12,7 @@ PARTS := passes recipes export configs
 # A second quickstart goes beside the first: a run never overwrites another.
 RUN ?= runs/quickstart$(if $(wildcard runs/quickstart),-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: quickstart test test-all lint format clean
+.PHONY: quickstart test test-all lint format clean coverage-models
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -32,6 +33,9 @@ lint: $(VENV)/.installed-dev $(LINKED)
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+coverage-models: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage_models.py --document docs/coverage.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

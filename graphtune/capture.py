@@ -1,18 +1,20 @@
 """From an `nn.Module` to a Program: `torch.export`, then the clean-up that every pass needs."""
 
 import inspect
-from collections.abc import Mapping
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from transformers import PreTrainedModel
 
 from graphtune.capture_cache import cache_file, keep, recall
 from graphtune.errors import UserError
-from graphtune.models.transformer import Transformer
+from graphtune.models.patches import exportable
 from graphtune.normalize import normalize
-from graphtune.program import Deferred, ModelInfo, Program
-from graphtune.torch_private import size_symbol
+from graphtune.program import Deferred, ModelInfo, Program, causal_mask, default_position_ids
+from graphtune.sites import module_of
+from graphtune.torch_private import size_at, size_symbol
 from graphtune.weights import fingerprint
 
 
@@ -23,9 +25,18 @@ def capture(model: nn.Module) -> Program:
     mode, with dynamic batch and sequence, an explicit boolean attention mask and positions. The
     program shares the model's parameters.
 
-    Whatever the model's attention needs, the program's inputs are the same three: windows of
-    layers and the additive mask of eager attention are derived from the boolean one in the graph.
-    Experts are captured as grouped matrix products.
+    Whatever a `transformers` model does, the program's inputs are the same three, and windows,
+    chunks, the additive mask of eager attention and the padding that recurrent layers skip are
+    derived from the boolean mask in the graph (see `graphtune.models.patches`). Recurrences are
+    single operators, which run the model's own code (see `graphtune.models.kernels`). Experts are
+    captured as grouped matrix products.
+
+    Some models cannot use all of a mask. Recurrent layers (Mamba, linear attention, RWKV) read
+    from it which tokens are padding, and no more: texts packed into one row run into each other,
+    and RWKV and xLSTM do not even leave out padding. So do short convolutions. Models that lay
+    their own causal mask (OpenAI GPT, XLM, XLNet) take the padding alone, too.
+
+    `docs/coverage.md` lists the architectures that were tried.
 
     Args:
         model: forward takes `input_ids`, `attention_mask` and, optionally, `position_ids`, and
@@ -40,12 +51,11 @@ def capture(model: nn.Module) -> Program:
     path = cache_file(model)
     if path is not None and (kept := recall(path, model)) is not None:
         return kept
-    # Our own decoder lays the windows of its layers into the one mask itself.
-    own = isinstance(model, Transformer)
-    windows = _windows(None if own else getattr(model, "config", None))
-    exported = _export(model, windows)
+    exported, least = _export(model)
     graph_module = exported.module(check_guards=False)
-    graph = normalize(graph_module, exported.call_spec.out_spec, windows)
+    doubtful = _doubtful_sizes(graph_module.graph, _longest(model))
+    doubtful += [(2, length) for length in (2, 3, 7, 15) if length < least]
+    graph = normalize(graph_module, model)
     _check_dynamic(graph)
     parameters = dict(graph_module.named_parameters(remove_duplicate=False))
     buffers = _buffers(model, graph_module, graph)
@@ -59,6 +69,7 @@ def capture(model: nn.Module) -> Program:
     checkpoint = parameters | {name: b for name, (b, is_saved) in buffers.items() if is_saved}
     deferred = Deferred(checkpoint) if empty else None
     program = Program(graph, parameters, buffers, info, deferred=deferred).train(model.training)
+    _check_sizes(model, program, doubtful)
     if path is not None:
         keep(path, program)
     return program
@@ -66,7 +77,10 @@ def capture(model: nn.Module) -> Program:
 
 def _check(model: nn.Module) -> None:
     accepted = inspect.signature(model.forward).parameters
-    missing = [name for name in ("input_ids", "attention_mask") if name not in accepted]
+    needed = (
+        ("input_ids",) if isinstance(model, PreTrainedModel) else ("input_ids", "attention_mask")
+    )
+    missing = [name for name in needed if name not in accepted]
     if missing:
         raise UserError(
             f"capture: {type(model).__name__}.forward has no argument {missing[0]!r}; a causal "
@@ -101,69 +115,56 @@ def _attention(model: nn.Module) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
-def _windows(config: Any) -> dict[str, int | None]:
-    """The kinds of attention that layers have, each with its window (None: everything before).
-
-    A `transformers` model given one 4-D mask uses it in every layer as it is. Where layers have
-    sliding windows, these must be laid into the mask, one for each kind of layer.
-    """
-    if config is None:
-        return {"full_attention": None}
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    window = getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True):
-        window = None
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
-    if not kinds:
-        kinds = ["sliding_attention" if window else "full_attention"]
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise UserError(
-            f"capture: layers of type {sorted(unknown)[0]!r} are not supported; "
-            "known: full_attention, sliding_attention"
-        )
-    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+# What to trace at: the length, and the least length that is to be proven. `torch.export` takes 1
+# for a constant; models of short convolutions or of blocks do something else at a few more.
+_TRACES = ((11, 2), (37, 16))
 
 
-def _export(model: nn.Module, windows: Mapping[str, int | None]) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch", min=2, max=1 << 16)
-    seq = torch.export.Dim("seq", min=2, max=1 << 20)
-    device = next(model.parameters()).device
-    # Sizes of two and more, that are no size of a usual model: torch.export specialises on 1.
-    ids = torch.zeros(3, 11, dtype=torch.int64, device=device)
-    mask = torch.ones(3, 1, 11, 11, dtype=torch.bool, device=device).tril()
-    if _attention(model) == "eager":  # adds the mask to its scores
-        mask = torch.zeros(mask.shape, dtype=_compute_dtype(model), device=device)
-    positions = torch.arange(11, device=device).expand(3, -1).contiguous()
-    accepted = inspect.signature(model.forward).parameters
-    kwargs: dict[str, Any] = {"input_ids": ids}
-    kwargs["attention_mask"] = mask if len(windows) == 1 else {k: mask.clone() for k in windows}
-    if "position_ids" in accepted:
-        kwargs["position_ids"] = positions
-    if "use_cache" in accepted:
-        kwargs["use_cache"] = False
-    shape = {2: {0: batch, 1: seq}, 4: {0: batch, 2: seq, 3: seq}}
-
-    def dynamic(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: dynamic(v) for k, v in value.items()}
-        return shape[value.dim()] if isinstance(value, Tensor) else None
-
+def _export(model: nn.Module) -> tuple[torch.export.ExportedProgram, int]:
+    """The exported model, and the least length at which `torch.export` vouches for it."""
     was_training = model.training
+    model.train()
     try:
-        with torch.enable_grad():
-            return torch.export.export(
-                model.train(), (), kwargs, dynamic_shapes=dynamic(kwargs), strict=False
-            )
+        for last, (length, least) in enumerate(_TRACES, 1 - len(_TRACES)):
+            try:
+                with torch.enable_grad(), exportable(model):
+                    return _export_at(model, length, least), least
+            except UserError:
+                raise
+            except Exception as error:  # of whatever kind, it is about the model
+                if last == 0:
+                    raise UserError(
+                        f"capture: {type(model).__name__} cannot be exported: {_first_lines(error)}"
+                    ) from error
     finally:
         model.train(was_training)
+    raise AssertionError("the last trace returns or raises")
 
 
-def _compute_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of hidden states; single parameters, such as a router's, may have another."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    weight = getattr(embedding, "weight", None)
-    return (next(model.parameters()) if weight is None else weight).dtype
+def _export_at(model: nn.Module, length: int, least: int) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=2, max=1 << 16)
+    seq = torch.export.Dim("seq", min=least, max=_longest(model))
+    device = next(model.parameters()).device
+    inputs = (
+        torch.zeros(3, length, dtype=torch.int64, device=device),
+        torch.ones(3, 1, length, length, dtype=torch.bool, device=device).tril(),
+        torch.arange(length, device=device).expand(3, -1).contiguous(),
+    )
+    dynamic = ({0: batch, 1: seq}, {0: batch, 2: seq, 3: seq}, {0: batch, 1: seq})
+    return torch.export.export(
+        model,
+        inputs,
+        dynamic_shapes=dynamic,
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+
+
+def _first_lines(error: Exception) -> str:
+    """What an error of torch says before its advice, on one line."""
+    text = re.split(r"Suggested fix|Caused by|\n\n", str(error))[0]
+    text = text.replace('For more information, run with TORCH_LOGS="+dynamic".', "")
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def _buffers(
@@ -177,7 +178,8 @@ def _buffers(
     saved = graph_module.state_dict(keep_vars=True).keys()
     buffers = dict(graph_module.named_buffers(remove_duplicate=False))
     for node in graph.find_nodes(op="get_attr"):
-        constant = getattr(graph_module, node.target, None)  # its name has no dots
+        module, _, leaf = str(node.target).rpartition(".")
+        constant = getattr(graph_module.get_submodule(module), leaf, None)
         if isinstance(constant, Tensor) and not isinstance(constant, nn.Parameter):
             buffers.setdefault(node.target, constant)
     real: dict[str, Tensor] | None = getattr(model, "graphtune_buffers", None)
@@ -192,6 +194,92 @@ def _buffers(
     return {name: (buffer, name in saved) for name, buffer in buffers.items()}
 
 
+# Lengths around those at which code that works in blocks does something else.
+_LENGTHS = [*range(2, 21), *(2**k + d for k in range(5, 10) for d in (-1, 0, 1))]
+
+
+def _doubtful_sizes(graph: fx.Graph, longest: int) -> list[tuple[int, int]]:
+    """Sizes (batch, seq) at which something is not so that the trace took for granted.
+
+    What `torch.export` cannot prove it writes into the graph as assertions on sizes. Most hold for
+    all sizes; of the others, most are about memory layouts and change no result.
+    """
+    sizes = [(2, length) for length in _LENGTHS if length <= longest] + [(5, 11), (8, 11)]
+    asserted = graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default)
+    conditions = [node.args[0] for node in asserted if isinstance(node.args[0], fx.Node)]
+    ids = next(iter(graph.find_nodes(op="placeholder"))).meta["val"]
+    names = [size_symbol(size) for size in ids.shape]
+    doubtful: dict[tuple[int, int], None] = {}
+    for condition in dict.fromkeys(conditions):
+        for size in sizes:
+            symbols = dict(zip(map(str, names), size, strict=True))
+            if not _value(condition, symbols):
+                doubtful.setdefault(size)
+                break
+    return list(doubtful)
+
+
+def _value(of: Any, symbols: dict[str, int]) -> Any:
+    """What a node computes from sizes; true where that depends on the values of tensors."""
+    if not isinstance(of, fx.Node):
+        return of
+    value = of.meta["val"]
+    if isinstance(value, torch.SymBool):
+        return of.target(*(_value(argument, symbols) for argument in of.args))
+    try:
+        return size_at(value, symbols)
+    except KeyError:
+        return True
+
+
+@torch.no_grad()
+def _check_sizes(model: nn.Module, program: Program, sizes: list[tuple[int, int]]) -> None:
+    """Compare the program with the model at sizes at which it might compute something else."""
+    if not sizes:
+        return
+    if program.deferred is not None:
+        raise UserError(
+            f"capture: whether {type(model).__name__} is the same graph at all lengths can be "
+            "told only from its results; load the model with its weights instead"
+        )
+    was_training = model.training
+    model.eval(), program.eval()
+    try:
+        for batch, length in sizes:
+            ids = torch.arange(batch * length, device=next(model.parameters()).device)
+            ids = (ids % 61 + 3).view(batch, length)
+            if not _same_logits(model, program, ids):
+                raise UserError(
+                    f"capture: {type(model).__name__} computes something else at length {length} "
+                    "than at the length it was traced at, so that no one graph can hold it"
+                )
+    finally:
+        model.train(was_training), program.train(was_training)
+
+
+def _same_logits(model: nn.Module, program: Program, ids: Tensor) -> bool:
+    mask, positions = causal_mask(ids, None), default_position_ids(ids, None)
+    try:
+        with exportable(model):
+            expected = model(ids, mask, positions)
+    except Exception:  # the model itself cannot take so many or so few tokens
+        return True
+    try:
+        found = program(ids, mask, positions)
+    except Exception:  # a shape that was taken for granted does not fit
+        return False
+    return float((found - expected).abs().max()) <= 1e-3 * float(expected.abs().max())
+
+
+def _longest(model: nn.Module) -> int:
+    """The longest sequence that a model has positions for."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+    found = [getattr(config, name, None) for name in names]
+    return next((one for one in found if isinstance(one, int) and one > 1), 1 << 20)
+
+
 def _check_dynamic(graph: fx.Graph) -> None:
     logits = graph.output_node().args[0].meta["val"]
     if logits.dim() != 3 or not all(size_symbol(size) for size in logits.shape[:2]):
@@ -199,3 +287,21 @@ def _check_dynamic(graph: fx.Graph) -> None:
             f"capture: the output has shape {tuple(logits.shape)}; a causal language model gives "
             "logits (batch, seq, vocab) with batch and seq free"
         )
+    symbols = {str(size_symbol(size)): 2 for size in logits.shape[:2]}
+    for node in graph.nodes:
+        if not _sizes_known(node.meta.get("val"), symbols):
+            raise UserError(
+                f"capture: {module_of(node)[0] or 'the model'} makes a tensor whose size depends "
+                "on the values of another, as to run experts one by one, which no graph can hold"
+            )
+
+
+def _sizes_known(value: Any, symbols: dict[str, int]) -> bool:
+    sizes = value.shape if isinstance(value, Tensor) else [value]
+    try:
+        for size in sizes:
+            if isinstance(size, torch.SymInt):
+                size_at(size, symbols)
+    except KeyError:
+        return False
+    return True

@@ -6,44 +6,40 @@ under one name. Each function below mends one of these, in place.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphtune.rewrite import insert_call
-from graphtune.sites import find_sites
-from graphtune.torch_private import is_grad_mode_block, propagate
+from graphtune.sites import find_sites, module_of
+from graphtune.torch_private import is_grad_mode_block
 
 aten = torch.ops.aten
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 BY = "capture"
 
 
-def normalize(
-    graph_module: fx.GraphModule, out_spec: Any, windows: Mapping[str, int | None]
-) -> fx.Graph:
+def normalize(graph_module: fx.GraphModule, model: nn.Module) -> fx.Graph:
     """Mend a freshly exported graph; returns it.
 
     Args:
         graph_module: what `ExportedProgram.module()` gave.
-        out_spec: the pytree of the model's output.
-        windows: the kinds of attention mask the model was given, each with the number of keys
-            up to the query that it keeps (None: all).
+        model: what was exported.
     """
     graph = graph_module.graph
     graph.set_codegen(fx.graph.CodeGen())  # plain positional inputs, one tensor out
     parameters = dict(graph_module.named_parameters(remove_duplicate=False))
     inline_grad_mode_blocks(graph_module, parameters)
-    keep_only_logits(graph, out_spec)
-    set_inputs(graph, windows)
+    name_inputs_and_output(graph)
     drop_noise(graph)
     count_in_float(graph)
     follow_input_device(graph)
     switch_dropout(graph)
     read_own_weights(graph, parameters)
     drop_placeholder_stacks(graph)
+    name_linears(graph, model)
     graph.eliminate_dead_code()
     graph.lint()
     return graph
@@ -66,12 +62,11 @@ def inline_grad_mode_blocks(
             detach = not enabled and any(node in from_parameters for node in inputs)
             with graph.inserting_before(block):
                 places = inner.find_nodes(op="placeholder")
-                results = graph.graph_copy(inner, dict(zip(places, inputs, strict=True)))
+                given = dict(zip(places, inputs, strict=True))
+                results = graph.graph_copy(inner, given)
+                _bring_constants(graph_module, body.target, given)
                 if detach:
-                    results = [
-                        insert_call(graph, aten.detach.default, result, origin=result, by=BY)
-                        for result in results
-                    ]
+                    results = [_detached(graph, result, inputs) for result in results]
             for user in list(block.users):
                 assert user.target is operator.getitem
                 user.replace_all_uses_with(results[user.args[1]])
@@ -79,6 +74,31 @@ def inline_grad_mode_blocks(
             graph.erase_node(block)
             if not body.users:
                 graph.erase_node(body)
+
+
+def _detached(graph: fx.Graph, result: fx.Node, inputs: Sequence[fx.Node]) -> fx.Node:
+    """A result of a block without its gradient; an input that it hands back keeps its own.
+
+    A cast that does nothing gives back the tensor itself, and the trace then takes whatever reads
+    that tensor after the block for a reader of the cast.
+    """
+    source = result
+    while _casts_to_same(source):
+        source = source.args[0]
+    if source in inputs:
+        return source
+    return insert_call(graph, aten.detach.default, result, origin=result, by=BY)
+
+
+def _bring_constants(
+    graph_module: fx.GraphModule, block: str, copies: Mapping[fx.Node, fx.Node]
+) -> None:
+    """Let copied nodes read the constants of their block from the whole graph's module."""
+    for node, copy in copies.items():
+        if node.op == "get_attr":
+            value = getattr(getattr(graph_module, block), node.target)
+            copy.target = f"{block}_{node.target}"
+            graph_module.register_buffer(copy.target, value, persistent=False)
 
 
 def _derived(graph: fx.Graph, parameters: Mapping[str, nn.Parameter]) -> set[fx.Node]:
@@ -90,77 +110,16 @@ def _derived(graph: fx.Graph, parameters: Mapping[str, nn.Parameter]) -> set[fx.
     return derived
 
 
-def keep_only_logits(graph: fx.Graph, out_spec: Any) -> None:
-    """Make the logits the graph's only output."""
+def name_inputs_and_output(graph: fx.Graph) -> None:
+    """Call the three inputs by their names, and let the graph return the logits by themselves."""
+    first = next(iter(graph.nodes))
+    for name, node in zip(INPUTS, graph.find_nodes(op="placeholder"), strict=True):
+        node.target = node.name = name
+        if node is not first:
+            first.prepend(node)
     output = graph.output_node()
-    flat = list(output.args[0])
-    result = torch.utils._pytree.tree_unflatten(list(range(len(flat))), out_spec)
-    if not isinstance(result, int):
-        named = hasattr(result, "keys") and "logits" in result
-        result = result["logits"] if named else result[0]
-    output.args = (flat[result],)
-
-
-def set_inputs(graph: fx.Graph, windows: Mapping[str, int | None]) -> None:
-    """Give the graph its three inputs, and each kind of layer its mask made from the one.
-
-    The one is boolean. A layer whose mask was traced as a floating tensor adds it to its scores.
-    """
-    old = {node.name: node for node in graph.find_nodes(op="placeholder")}
-    kind_of = {f"attention_mask_{kind}": kind for kind in windows}
-    if len(windows) == 1:
-        kind_of = {"attention_mask": next(iter(windows))}
-    metas = {name: dict(old[name].meta) for name in INPUTS if name in old}
-    metas["attention_mask"] = _boolean(old[next(iter(kind_of))].meta)
-    metas.setdefault("position_ids", dict(metas["input_ids"]))
-    with graph.inserting_before(next(iter(graph.nodes))):
-        new = {name: graph.placeholder(f"new_{name}") for name in INPUTS}
-    for name, node in new.items():
-        node.meta = metas[name]
-    with graph.inserting_before(next(n for n in graph.nodes if n.op == "call_function")):
-        for name, node in old.items():
-            if name in kind_of:
-                mask, window = new["attention_mask"], windows[kind_of[name]]
-                if window is not None:
-                    mask = _keep_window(graph, mask, window)
-                if node.meta["val"].is_floating_point():
-                    mask = _additive(graph, mask, node.meta["val"].dtype)
-                node.replace_all_uses_with(mask)
-            elif name in INPUTS:
-                node.replace_all_uses_with(new[name])
-            graph.erase_node(node)
-    for name, node in new.items():
-        node.target = name
-        node.name = name
-
-
-def _boolean(meta: Mapping[str, Any]) -> dict[str, Any]:
-    value = meta["val"]
-    kwargs = {"dtype": torch.bool}
-    return {**meta, "val": propagate(value, aten.empty_like.default, (value,), kwargs)}
-
-
-def _additive(graph: fx.Graph, mask: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """A boolean mask as a term of attention scores: 0 where True, else the dtype's least value."""
-
-    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return insert_call(graph, target, *args, origin=mask, by=BY, **kwargs)
-
-    least = call(aten.full_like.default, mask, torch.finfo(dtype).min, dtype=dtype)
-    return call(aten.masked_fill.Scalar, least, mask, 0.0)
-
-
-def _keep_window(graph: fx.Graph, mask: fx.Node, window: int) -> fx.Node:
-    """Of a mask (batch, 1, seq, seq), only the last `window` keys up to each query."""
-
-    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return insert_call(graph, target, *args, origin=mask, by=BY, **kwargs)
-
-    seq = call(aten.sym_size.int, mask, 3)
-    index = call(aten.arange.default, seq, device=mask.meta["val"].device)
-    query, key = call(aten.unsqueeze.default, index, 1), call(aten.unsqueeze.default, index, 0)
-    near = call(aten.lt.Scalar, call(aten.sub.Tensor, query, key), window)
-    return call(aten.bitwise_and.Tensor, mask, near)
+    (logits,) = output.args[0]
+    output.args = (logits,)
 
 
 def drop_noise(graph: fx.Graph) -> None:
@@ -170,11 +129,21 @@ def drop_noise(graph: fx.Graph) -> None:
     that was traced; `reshape` copies by itself where it must.
     """
     for node in list(graph.nodes):
-        if node.target is aten._assert_tensor_metadata.default:
+        if node.target in (aten._assert_tensor_metadata.default, aten._assert_scalar.default):
             graph.erase_node(node)
         elif node.target is aten.alias.default or _casts_to_same(node) or _copies_to_reshape(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is aten.view.default and _laid_out_by_attention(node.args[0]):
+            node.target = aten.reshape.default
+
+
+def _laid_out_by_attention(node: fx.Node) -> bool:
+    """Whether the strides of a result are those that attention chose, which differ by device."""
+    keeps = (aten.mul.Tensor, aten.transpose.int, aten.to.dtype, aten.reshape.default)
+    while node.target in keeps and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.target is aten.scaled_dot_product_attention.default
 
 
 def drop_placeholder_stacks(graph: fx.Graph) -> None:
@@ -182,6 +151,17 @@ def drop_placeholder_stacks(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if any("_empty_nn_module_stack" in name for name in node.meta.get("nn_module_stack", ())):
             node.meta["nn_module_stack"] = {}
+
+
+def name_linears(graph: fx.Graph, model: nn.Module) -> None:
+    """Let what a subclass of `nn.Linear` made say that a linear made it: sites go by the class."""
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for node in graph.find_nodes(op="call_function", target=aten.linear.default):
+        name, kind = module_of(node)
+        if name in linears and not kind.endswith(".Linear"):
+            stack = dict(node.meta["nn_module_stack"])
+            stack[next(reversed(stack))] = (name, "torch.nn.modules.linear.Linear")
+            node.meta["nn_module_stack"] = stack
 
 
 def count_in_float(graph: fx.Graph) -> None:

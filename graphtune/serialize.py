@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy
 from transformers import AutoConfig, PretrainedConfig
 
+import graphtune.models.kernels  # noqa: F401  (its operators are looked up by name)
 from graphtune.errors import UserError
 from graphtune.program import Deferred, LedgerRow, ModelInfo, Program
 from graphtune.quantization import FORMATS, Format

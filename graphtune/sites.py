@@ -102,12 +102,12 @@ def find_sites(graph: fx.Graph) -> Iterator[Site]:
         if "graphtune" in node.meta.get("custom", {}):
             continue
         name, kind = module_of(node)
-        # A router is a linear by itself, of a class that is none: `all-linear` means weights
-        # that transform hidden states.
         plain = name != head and kind.rsplit(".", 1)[-1] in ("Linear", "Conv1D")
         if node.target is aten.linear.default:
+            plain = plain and _transforms(node.args[1].meta["val"].shape)
             yield Site(name, "linear", node, node.args[1], in_all_linear=plain)
         elif node.target is aten.addmm.default:
+            plain = plain and _transforms(node.args[2].meta["val"].shape)
             yield Site(name, "linear", node, node.args[2], transposed=True, in_all_linear=plain)
         elif node.target is aten.embedding.default:
             yield Site(name, "embedding", node, node.args[0])
@@ -115,6 +115,14 @@ def find_sites(graph: fx.Graph) -> Iterator[Site]:
             yield _experts(name, node)
         elif node.target is aten.scaled_dot_product_attention.default:
             yield Site(name, "attention", node)
+
+
+def _transforms(shape: tuple[int, ...]) -> bool:
+    """Whether a weight transforms hidden states, as `all-linear` means it; a gate has one row.
+
+    A router of experts is no `Linear` by its class.
+    """
+    return min(shape) > 1
 
 
 def _experts(module: str, node: fx.Node) -> Site:
@@ -164,7 +172,7 @@ def module_sites(model: nn.Module) -> Iterator[ModuleSite]:
             elif len(stored) == 2 and leaf == "weight":
                 conv1d = isinstance(module, Conv1D)
                 shape = (stored[1], stored[0]) if conv1d else stored
-                # What is neither is a router.
                 plain = module is not head and (conv1d or isinstance(module, nn.Linear))
+                plain = plain and _transforms(stored)
                 kind: Kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
                 yield ModuleSite(name, kind, shape, stored, plain)
