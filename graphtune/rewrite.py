@@ -121,13 +121,16 @@ class Edit:
         return self.parameters[name] if name in self.parameters else self.buffers[name][0]
 
     @contextmanager
-    def after(self, node: fx.Node, **notes: Any) -> Iterator[None]:
+    def after(
+        self, node: fx.Node, *, origin: fx.Node | None = None, **notes: Any
+    ) -> Iterator[None]:
         """What `call` and `read` insert inside goes after `node` and belongs to its module.
 
         Args:
+            origin: a node whose module it belongs to instead; a read of a weight has none.
             notes: written to `meta["custom"]` of what is inserted, for later passes to read.
         """
-        self._origin, self._notes = node, notes
+        self._origin, self._notes = origin or node, notes
         with self.graph.inserting_before(node.next):
             yield
 

@@ -91,7 +91,7 @@ class Quantize(Pass):
             if site.parameter in edit.parameters:  # else done: a module may be called twice
                 store(edit, site, kind, lambda weight: weight, (site.parameter,))
                 edit.remove(site.parameter)
-            with edit.after(site.weight, parameter=site.parameter, format=kind):
+            with edit.after(site.weight, origin=site.node, parameter=site.parameter, format=kind):
                 _read(edit, site, kind)
         return sites
 

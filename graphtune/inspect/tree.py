@@ -55,6 +55,8 @@ def _build(program: Program) -> _Module:
         name = module_of(node)[0]
         badge = badges.get(written_by(node) or "")
         module = _descend(root, name) if name else root
+        if node.meta.get("custom", {}).get("parameter") == f"{name}.weight":  # a quantized one
+            module.shape = _shape(node.meta["val"].shape, module.kind)
         if badge and badge not in module.badges:
             module.badges.append(badge)
     return root

@@ -4,8 +4,8 @@ import torch
 
 import graphtune as gt
 from graphtune.inspect import ledger
-from graphtune.passes import LoRA
-from tests.oracles.models import FAMILIES
+from graphtune.passes import LoRA, Quantize
+from tests.oracles.models import FAMILIES, tiny_model
 
 
 def program(layers=6):
@@ -54,3 +54,9 @@ def test_diff_counts_operators_and_shows_one_layer():
     added = [line for line in text.splitlines() if line.startswith("+") and "lora_A" in line]
     assert added
     assert "none changed" in base.diff(base)
+
+
+def test_tree_shows_quantized_weights_with_shape_and_format():
+    program = gt.capture(tiny_model("llama")).apply(Quantize(format="int8"), LoRA(rank=2, alpha=4))
+    assert "q_proj Linear 32→32 [int8] [lora r2 α4]" in program.tree()
+    assert "down_proj Linear 48→32 [int8] [lora r2 α4]" in program.tree()
