@@ -88,3 +88,18 @@ def test_ledger_says_what_is_there():
     assert row.parameters == row.trainable == sum(p.numel() for p in added.values())
     assert row.bytes == 4 * row.parameters
     assert row.options["rank"] == 3
+
+
+class _Alone(_Wrong):
+    numerics = "lossy"
+    conflicts = frozenset({"lora"})
+
+    def rewrite(self, edit):
+        return []
+
+
+def test_a_pass_that_conflicts_with_one_already_applied_is_refused():
+    base = gt.capture(tiny_model("llama"))
+    with pytest.raises(gt.UserError, match="passes.wrong.*cannot follow 'lora'"):
+        base.apply(LoRA(rank=2)).apply(_Alone())
+    base.apply(_Alone())
