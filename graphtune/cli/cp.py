@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from graphtune.cli.app import Config, app
-from graphtune.config import find_config
+from graphtune.config import config_text
 from graphtune.errors import UserError
 
 
@@ -19,10 +19,13 @@ def cp(
         bool, typer.Option("--make-parents", help="Create the folders above DEST.")
     ] = False,
 ) -> None:
-    """Copy CONFIG to DEST, where it can be changed."""
-    source = find_config(config)
+    """Copy CONFIG to DEST, where it can be changed.
+
+    Example: graphtune cp llama3_1/8B_lora my_config.yaml
+    """
+    text = config_text(config)
     if destination.is_dir():
-        destination /= source.name
+        destination /= Path(config).name
     if destination.suffix not in (".yaml", ".yml"):
         destination = destination.with_name(destination.name + ".yaml")
     if destination.exists() and not force:
@@ -31,5 +34,5 @@ def cp(
         destination.parent.mkdir(parents=True, exist_ok=True)
     elif not destination.parent.is_dir():
         raise UserError(f"no folder `{destination.parent}`; --make-parents creates it")
-    destination.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    destination.write_text(text, encoding="utf-8")
     print(f"Copied {config} to {destination}")

@@ -1,8 +1,9 @@
 """Configs: read a YAML file with overrides, check it against a schema, build what it names."""
 
+from graphtune.config.compose import catalogue, config_text, models, techniques
 from graphtune.config.instantiate import Component, component, instantiate
 from graphtune.config.keys import close_match, did_you_mean
-from graphtune.config.parse import catalogue, find_config, load_config
+from graphtune.config.parse import load_config
 from graphtune.config.schema import SCHEMAS, ModelConfig, SFTConfig, option
 from graphtune.config.validate import check_options, to_yaml, validate
 
@@ -15,11 +16,13 @@ __all__ = [
     "check_options",
     "close_match",
     "component",
+    "config_text",
     "did_you_mean",
-    "find_config",
     "instantiate",
     "load_config",
+    "models",
     "option",
+    "techniques",
     "to_yaml",
     "validate",
 ]

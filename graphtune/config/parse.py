@@ -6,55 +6,15 @@ to wins; `validate` resolves them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from graphtune.config.compose import read_config
 from graphtune.config.keys import did_you_mean
 from graphtune.errors import UserError
-
-SUFFIX = ".yaml"
-
-
-def catalogue() -> dict[str, Traversable]:
-    """The configs that come with graphtune: name (`quickstart`, `llama3_2/1B_lora`) -> file."""
-    return dict(sorted(_walk(files("graphtune.configs"), "")))
-
-
-def _walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _walk(entry, f"{prefix}{entry.name}/")
-        elif entry.name.endswith(SUFFIX):
-            yield prefix + entry.name.removesuffix(SUFFIX), entry
-
-
-def find_config(name_or_path: str) -> Traversable:
-    """The file of a config: the path itself where it exists, else the catalogue's entry.
-
-    `configs/quickstart.yaml` and `quickstart.yaml` also find the catalogue's `quickstart`, so
-    that the repository's commands work outside it.
-
-    Raises:
-        UserError: there is neither such a file nor such a name.
-    """
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise UserError(f"config `{name_or_path}` is a folder; name a {SUFFIX} file")
-    known = catalogue()
-    name = name_or_path.removeprefix("configs/").removesuffix(SUFFIX)
-    if name in known:
-        return known[name]
-    raise UserError(
-        f"config `{name_or_path}` is neither a file nor in the catalogue{did_you_mean(name, known)}"
-    )
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -72,26 +32,12 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     for argument in (name_or_path, *overrides):
         _refuse_flag(argument)
-    config = _read(find_config(name_or_path), name_or_path)
+    config = read_config(name_or_path)
     for override in overrides:
         if override.startswith("~"):
             _remove(config, override)
         else:
             _assign(config, override)
-    return config
-
-
-def _read(file: Traversable, name: str) -> DictConfig:
-    try:
-        with file.open("r", encoding="utf-8") as stream:
-            config = OmegaConf.load(stream)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"config `{name}`{line} is not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        raise UserError(f"config `{name}` cannot be read: {_first_line(error)}") from error
-    if not isinstance(config, DictConfig):
-        raise UserError(f"config `{name}` must be a mapping of keys to values, not a list")
     return config
 
 

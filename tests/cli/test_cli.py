@@ -10,7 +10,7 @@ import pytest
 
 import graphtune.recipes
 from graphtune.cli import main
-from graphtune.config import parse
+from graphtune.config import compose
 
 CONFIG = """\
 recipe: stand_in
@@ -51,7 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "shelf" / "family" / "small.yaml").write_text(CONFIG)
     (tmp_path / "recipes" / "stand_in.py").write_text(RECIPE)
-    monkeypatch.setattr(parse, "files", lambda package: tmp_path / "shelf")
+    monkeypatch.setattr(compose, "files", lambda package: tmp_path / "shelf")
     monkeypatch.chdir(tmp_path / "work")
     graphtune.recipes.__path__.append(str(tmp_path / "recipes"))
     yield tmp_path / "work"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from graphtune.config import catalogue, load_config, parse
+from graphtune.config import catalogue, compose, load_config
 from graphtune.errors import UserError
 
 TEXT = """\
@@ -36,7 +36,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "__init__.py").write_text("")
     (folder / "quickstart.yaml").write_text("recipe: sft\n")
     (folder / "llama3_2" / "1B_lora.yaml").write_text("recipe: dpo\n")
-    monkeypatch.setattr(parse, "files", lambda package: folder)
+    monkeypatch.setattr(compose, "files", lambda package: folder)
     return folder
 
 

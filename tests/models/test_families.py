@@ -16,9 +16,11 @@ from transformers import (
 )
 
 import graphtune as gt
+from graphtune.config import load_config as load_yaml
+from graphtune.config import models
 from graphtune.errors import UserError
 from graphtune.models import families, load_config, load_model
-from graphtune.models.families import FAMILIES, Family, build_model, read_options
+from graphtune.models.families import FAMILIES, Family, build_model, published_config, read_options
 from graphtune.models.transformer import Transformer
 from graphtune.weights import load_weights
 from tests.oracles.models import assert_same_tensors, random_ids, tiny_gpt2, tiny_model
@@ -166,3 +168,33 @@ def test_an_unknown_family_is_named(folders: dict[str, Path]) -> None:
 def test_an_unknown_implementation_is_named(folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="'transformer' is unknown; did you mean 'transformers'"):
         load_model(folders["llama"], implementation="transformer")  # type: ignore[arg-type]
+
+
+# --- shapes known by name ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("id", "base"),
+    [
+        ("meta-llama/Llama-3.1-70B-Instruct", "meta-llama/Llama-3.1-70B"),
+        ("meta-llama/Llama-2-7b-chat-hf", "meta-llama/Llama-2-7b-hf"),
+        ("google/gemma-2-2b-it", "google/gemma-2-2b"),
+        ("google/gemma-3-1b-it", "google/gemma-3-1b-pt"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Mistral-7B-v0.3"),
+        ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B"),
+    ],
+)
+def test_a_published_config_is_known_without_a_hub(id: str, base: str) -> None:
+    config = published_config(id)
+    assert config is not None
+    assert config.to_dict() == SIZES[base].config(base).to_dict()
+
+
+@pytest.mark.parametrize("id", ["somebody/Llama-3.1-70B", "meta-llama/Llama-3.1-71B", "pypi:x==1"])
+def test_others_are_not(id: str) -> None:
+    assert published_config(id) is None
+
+
+def test_every_model_of_the_catalogue_has_a_published_config() -> None:
+    for name in models():
+        assert published_config(load_yaml(name).model.id) is not None, name

@@ -6,6 +6,7 @@ To add one see docs/models.md.
 from __future__ import annotations
 
 import copy
+import re
 
 from transformers import PretrainedConfig
 
@@ -30,7 +31,7 @@ from graphtune.models.families import (
 from graphtune.models.families.family import Family, Size
 from graphtune.models.transformer import DecoderOptions, Transformer
 
-__all__ = ["FAMILIES", "Family", "Size", "build_model", "read_options"]
+__all__ = ["FAMILIES", "Family", "Size", "build_model", "published_config", "read_options"]
 
 FAMILIES: tuple[Family, ...] = tuple(
     module.FAMILY
@@ -84,3 +85,22 @@ def build_model(config: PretrainedConfig) -> Transformer:
     # How another class attends says nothing about this one, which knows one way.
     model.config._attn_implementation = None
     return model
+
+
+def published_config(id: str) -> PretrainedConfig | None:
+    """The shapes of a published model, known without asking anybody; None for an unknown one.
+
+    A model that was trained further (`-Instruct`, `-it`, `-chat`) has the shapes of its base.
+    Bases and scalings of rotations, tokens and the like are those of its class, not its own:
+    enough to look at a graph, not to run it.
+    """
+    wanted = _base(id)
+    for family in FAMILIES:
+        for name in family.sizes:
+            if _base(name) == wanted:
+                return family.config(name)
+    return None
+
+
+def _base(id: str) -> str:
+    return re.sub(r"-(instruct|it|pt|chat|base|hf)(?=-|$)", "", id.lower())
