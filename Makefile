@@ -35,7 +35,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 coverage-models: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage_models.py --document docs/coverage.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage_models --document docs/coverage.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

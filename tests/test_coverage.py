@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import graphtune as gt
-from benchmarks.coverage_models import STAGES, Chain, eager_logits, random_ids, tiny_model
+from benchmarks.coverage_models import STAGES, Chain, eager_logits, random_ids
+from benchmarks.tiny_models import tiny_model
 from graphtune.models.patches import exportable
 
 ODD = {
