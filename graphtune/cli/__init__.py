@@ -10,6 +10,7 @@ from graphtune.cli import (  # noqa: F401  (each registers itself)
     generate,
     inspect,
     ls,
+    report,
     train,
     validate,
 )

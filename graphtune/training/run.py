@@ -91,6 +91,11 @@ class Run:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self.write("summary.json", json.dumps(summary, indent=2) + "\n")
 
+    def summary(self) -> dict[str, Any]:
+        """What `write_summary` wrote; empty while the run has not ended."""
+        file = self.folder / "summary.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append a line to the metrics; it is on disk when this returns."""
         with self.metrics_file.open("a", encoding="utf-8") as file:

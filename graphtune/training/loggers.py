@@ -1,0 +1,187 @@
+"""Where metrics go besides the run's own `metrics.jsonl`: trackers that people know, by name.
+
+    loggers: {tensorboard: {}, wandb: {project: my-project}}
+
+Each tracker is a package of its own, imported only if it is named. Its options are those of the
+call that starts a run in it (`wandb.init`, `mlflow.start_run`, ...).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from graphtune.errors import UserError
+
+Metrics = Mapping[str, float | int]
+
+
+class Logger(Protocol):
+    """A place for metrics."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Take the metrics of optimizer step `step`, counted from 1."""
+
+    def close(self) -> None:
+        """Write what is pending, and end the run there."""
+
+
+class Stdout:
+    """One plain line for each step, for logs that are read later."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self._console = Console()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        figures = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
+        self._console.print(f"step {step}  {figures}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in the run's folder `tensorboard/`: `tensorboard --logdir RUN`."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], **options: Any) -> None:
+        _need("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(**{"log_dir": str(folder / "tensorboard"), **options})
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases; `mode: offline` needs no account."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], **options: Any) -> None:
+        defaults = {"project": "graphtune", "name": folder.name, "dir": str(folder)}
+        self._run = _need("wandb").init(**{**defaults, "config": dict(config), **options})
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """MLflow, at `tracking_uri` or where `MLFLOW_TRACKING_URI` says."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        *,
+        tracking_uri: str | None = None,
+        experiment_name: str = "graphtune",
+        **options: Any,
+    ) -> None:
+        self._mlflow = _need("mlflow", "mlflow-skinny")
+        if tracking_uri is not None:
+            self._mlflow.set_tracking_uri(tracking_uri)
+        self._mlflow.set_experiment(experiment_name)
+        self._mlflow.start_run(**{"run_name": folder.name, **options})
+        self._mlflow.log_dict(dict(config), "config.json")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._mlflow.log_metrics(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+class Comet:
+    """Comet; `online: false` writes an archive that can be uploaded later."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], **options: Any) -> None:
+        comet = _need("comet_ml")
+        self._experiment = comet.start(**{"project_name": "graphtune", **options})
+        self._experiment.set_name(folder.name)
+        self._experiment.log_parameters(dict(config))
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._experiment.log_metrics(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._experiment.end()
+
+
+class Trackio:
+    """Trackio, which keeps runs on this machine: `trackio show`."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], **options: Any) -> None:
+        defaults = {"project": "graphtune", "name": folder.name, "embed": False}
+        self._run = _need("trackio").init(**{**defaults, "config": dict(config), **options})
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+LOGGERS: dict[str, Callable[..., Logger]] = {
+    "stdout": Stdout,
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+    "comet": Comet,
+    "trackio": Trackio,
+}
+
+
+class Loggers:
+    """Several loggers as one; one that fails to close does not keep the others from it.
+
+    Args:
+        options: name of a logger -> its options.
+        folder: of the run, made if missing; its name is the run's name in a tracker.
+        config: the resolved config, which trackers show beside the metrics.
+
+    Raises:
+        UserError: a logger's package is missing, or it refuses its options.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, Mapping[str, Any] | None],
+        folder: Path,
+        config: Mapping[str, Any],
+    ) -> None:
+        self._loggers: list[Logger] = []
+        for name, own in options.items():
+            try:
+                self._loggers.append(LOGGERS[name](folder, config, **(own or {})))
+            except UserError:
+                raise
+            except Exception as error:  # each tracker has errors of its own
+                first_line = str(error).strip().partition("\n")[0]
+                raise UserError(f"`loggers.{name}` cannot start: {first_line}") from error
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for logger in self._loggers:
+            logger.log(step, metrics)
+
+    def close(self) -> None:
+        with ExitStack() as stack:
+            for logger in self._loggers:
+                stack.callback(logger.close)
+
+
+def _need(module: str, package: str | None = None) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = package or module
+        raise UserError(f"`loggers.{package}` needs a package: pip install {package}") from error
