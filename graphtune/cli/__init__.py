@@ -6,10 +6,13 @@ Nothing here imports torch before a subcommand needs it: help is instant.
 from graphtune.cli import (  # noqa: F401  (each registers itself)
     cat,
     cp,
+    download,
     export,
     generate,
     inspect,
     ls,
+    merge,
+    quantize,
     report,
     train,
     validate,

@@ -42,7 +42,8 @@ def test_wandb(tmp_path: Path) -> None:
     assert list((tmp_path / "run").rglob("*.wandb"))
 
 
-def test_mlflow(tmp_path: Path) -> None:
+def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where it puts artifacts
     mlflow = pytest.importorskip("mlflow")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     pytest.importorskip("sqlalchemy")
