@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,8 +17,15 @@ from graphtune.losses import cross_entropy, labelled_tokens
 from graphtune.program import Program
 from graphtune.quantization import recompute_in_backward
 from graphtune.torch_private import salted_cache
+from graphtune.training.optimizers import OptimizerInBackward
 
 Batch = Mapping[str, Tensor]
+Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Logits, labels, and weights or None -> the loss summed over all labelled tokens."""
+
+
+class NotFinite(RuntimeError):
+    """A loss or a gradient is infinite or not a number; the optimizer has not stepped."""
 
 
 def plan_hash(program: Program) -> str:
@@ -43,9 +51,11 @@ class TrainStep:
         *,
         compile: bool = True,
         clip_grad_norm: float | None = None,
+        loss: Loss = cross_entropy,
     ) -> None:
         self.program = program
         self.optimizer = optimizer
+        self.loss = loss
         self.clip_grad_norm = clip_grad_norm
         self.parameters = list(program.trainable_parameters())
         self._tag = plan_hash(program)
@@ -55,7 +65,7 @@ class TrainStep:
         logits = self.program(
             batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
         )
-        return cross_entropy(logits, batch["labels"])
+        return self.loss(logits, batch["labels"], batch.get("weights"))
 
     def _plain_loss_sum(self, batch: Batch) -> Tensor:
         with recompute_in_backward():  # what the compiler does by the graph's tags
@@ -68,36 +78,61 @@ class TrainStep:
         with salted_cache(self._tag):
             return self._compiled(batch)
 
-    def __call__(self, batch: Batch | Sequence[Batch]) -> dict[str, float]:
+    def __call__(
+        self, batch: Batch | Sequence[Batch], *, loss_limit: float = math.inf
+    ) -> dict[str, float]:
         """Forward, backward and an optimizer step.
 
         Args:
             batch: `input_ids` and `labels` int64 (batch, seq), optional `attention_mask` bool
-                (batch, 1, seq, seq) or (batch, seq), optional `position_ids` int64 (batch, seq);
-                or several such, whose gradients are added up. The loss is the mean over all
-                labelled tokens of all of them, as if they were one batch.
+                (batch, 1, seq, seq) or (batch, seq), optional `position_ids` int64 (batch, seq),
+                optional `weights` float32 (batch, seq) of the labels; or several such, whose
+                gradients are added up. The loss is the (weighted) mean over all labelled tokens
+                of all of them, as if they were one batch.
+
+            loss_limit: a step whose loss is above it is left out: the optimizer does not step.
 
         Returns:
             `loss` in nats per token; `tokens`, how many were labelled; `grad_norm`, the gradient's
-            2-norm before clipping.
+            2-norm before clipping; `skipped`, 1, if the step was left out.
 
         Raises:
             UserError: no token is labelled.
+            NotFinite: the loss or the gradient is; no parameter was changed.
         """
         micro_batches = [batch] if isinstance(batch, Mapping) else list(batch)
         tokens = int(sum(labelled_tokens(one["labels"]) for one in micro_batches))
         if tokens == 0:
             raise UserError("batch: no token has a label; nothing can be learned from it")
+        weight: float = tokens
+        if any("weights" in one for one in micro_batches):
+            parts = (labelled_tokens(one["labels"], one.get("weights")) for one in micro_batches)
+            weight = float(sum(parts))
+        if weight == 0:
+            raise UserError("batch: every label has the weight 0; nothing can be learned from it")
         loss = torch.zeros((), device=self.parameters[0].device)
         for one in micro_batches:
-            part = self.loss_sum(one) / tokens
+            part = self.loss_sum(one) / weight
             part.backward()
             loss += part.detach()
-        limit = float("inf") if self.clip_grad_norm is None else self.clip_grad_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        self.optimizer.step()
+        grad_norm = float(self._clip())
+        metrics = {"loss": loss.item(), "tokens": tokens, "grad_norm": grad_norm}
+        if not math.isfinite(metrics["loss"] + grad_norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NotFinite(f"the loss is {metrics['loss']}, the gradient's norm {grad_norm}")
+        if metrics["loss"] > loss_limit:
+            metrics["skipped"] = 1
+        else:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss.item(), "tokens": tokens, "grad_norm": float(grad_norm)}
+        return metrics
+
+    def _clip(self) -> Tensor:
+        """Norm of the whole gradient, which is then no longer than it may be."""
+        if isinstance(self.optimizer, OptimizerInBackward):
+            return self.optimizer.grad_norm()
+        limit = float("inf") if self.clip_grad_norm is None else self.clip_grad_norm
+        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
 
     def check(self, batch: Batch, tolerance: float = 1e-3) -> float:
         """Compare compiled loss and gradients with eager ones on one batch.
@@ -146,6 +181,7 @@ def compile_step(
     *,
     compile: bool = True,
     clip_grad_norm: float | None = None,
+    loss: Loss = cross_entropy,
 ) -> TrainStep:
     """A training step, compiled by `torch.compile` at its first call.
 
@@ -154,13 +190,21 @@ def compile_step(
         optimizer: over `program.trainable_parameters()`.
         compile: False runs the same graph operator by operator, for debugging.
         clip_grad_norm: largest 2-norm of the gradient; None does not clip.
+        loss: of logits (batch, seq, vocab), labels (batch, seq) and their weights or None, summed
+            over all labelled tokens; `functools.partial(cross_entropy, z_loss=1e-4)` adds to it.
 
     Returns:
         `step(batch) -> {"loss", "tokens", "grad_norm"}`; see `TrainStep`.
 
     Raises:
-        UserError: nothing in the program trains.
+        UserError: nothing in the program trains; or the optimizer steps in the backward pass, and
+            its gradients are to be clipped.
     """
     if not any(True for _ in program.trainable_parameters()):
         raise UserError("compile_step: the program has no trainable parameter; apply a pass first")
-    return TrainStep(program, optimizer, compile=compile, clip_grad_norm=clip_grad_norm)
+    if clip_grad_norm is not None and isinstance(optimizer, OptimizerInBackward):
+        raise UserError(
+            f"`clip_grad_norm={clip_grad_norm}` needs all gradients before the first update, and "
+            "an optimizer in backward has updated by then; set `clip_grad_norm=null`"
+        )
+    return TrainStep(program, optimizer, compile=compile, clip_grad_norm=clip_grad_norm, loss=loss)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphtune.errors import UserError
+
+if TYPE_CHECKING:
+    from graphtune.inspect.memory import MemoryEstimate
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,23 @@ class Program(nn.Module):
         from graphtune.inspect import diff
 
         return diff(other, self)
+
+    def memory(
+        self,
+        batch: int,
+        seq: int,
+        *,
+        optimizer: Callable[[list[nn.Parameter]], Any] | None = None,
+    ) -> MemoryEstimate:
+        """What a training step on `batch` rows of `seq` tokens takes; nothing is run or loaded.
+
+        Args:
+            batch, seq: the batch's shape.
+            optimizer: called with the list of parameters that train; by default AdamW.
+        """
+        from graphtune.inspect.memory import estimate
+
+        return estimate(self, batch, seq, optimizer=optimizer)
 
     def __repr__(self) -> str:
         total = sum(p.numel() for p in self.parameters())

@@ -32,7 +32,7 @@ def _define(schema: str, composite: Callable[..., Tensor]) -> Any:
         weight = composite(*args)
         if (given := _given.get()) is not None:
             # While a weight lives, no other tensor has its storage.
-            storage = weight.untyped_storage().data_ptr()
+            storage = weight.untyped_storage()._cdata
             given[storage] = (weakref.ref(weight), lambda: composite(*args))
         return weight
 
@@ -54,7 +54,7 @@ def recompute_in_backward() -> Iterator[None]:
     given: _Given = {}
 
     def pack(tensor: Tensor) -> Any:
-        weight, again = given.get(tensor.untyped_storage().data_ptr(), (None, None))
+        weight, again = given.get(tensor.untyped_storage()._cdata, (None, None))
         if weight is None or weight() is None:
             return tensor
         return again, tensor.shape, tensor.stride(), tensor.storage_offset()

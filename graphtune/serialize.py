@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from transformers import AutoConfig, PretrainedConfig
 
 import graphtune.models.kernels  # noqa: F401  (its operators are looked up by name)
+import graphtune.noise  # noqa: F401  (as are its)
 from graphtune.errors import UserError
 from graphtune.program import Deferred, LedgerRow, ModelInfo, Program
 from graphtune.quantization import FORMATS, Format

@@ -12,6 +12,10 @@ from torch import Tensor, fx
 from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled as _wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TensorMode = TorchDispatchMode
+"""A mode that is called for each operator on tensors: how to count those that live."""
 
 
 def is_grad_mode_block(node: fx.Node) -> bool:
@@ -36,6 +40,15 @@ def fake_parameter(like: FakeTensor, shape: Sequence[int], dtype: torch.dtype) -
     """
     with like.fake_mode:
         return torch.empty(tuple(shape), dtype=dtype, device=like.device)
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Within it, tensors that are made have shapes and devices but no memory.
+
+    The only mode in which a whole training step can run on shapes: on the meta device autograd
+    and operators forget what device they are for, and some refuse.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def propagate(like: FakeTensor, target: Any, args: tuple, kwargs: dict) -> Any:

@@ -6,10 +6,21 @@ from graphtune.passes.dora import DoRA
 from graphtune.passes.full import Freeze, Full
 from graphtune.passes.lora import LoRA
 from graphtune.passes.merge import Merge, Unmerge
+from graphtune.passes.neftune import NEFTune
 from graphtune.passes.qlora import QLoRA
 from graphtune.passes.quantize import Quantize
 
-_ALL: tuple[type[Pass], ...] = (Quantize, LoRA, DoRA, QLoRA, SetAdapter, Full, Freeze, Merge)
+_ALL: tuple[type[Pass], ...] = (
+    Quantize,
+    LoRA,
+    DoRA,
+    QLoRA,
+    SetAdapter,
+    Full,
+    Freeze,
+    NEFTune,
+    Merge,
+)
 registry: dict[str, type[Pass]] = {one.name: one for one in _ALL}
 
 __all__ = [
@@ -18,6 +29,7 @@ __all__ = [
     "Full",
     "LoRA",
     "Merge",
+    "NEFTune",
     "Pass",
     "QLoRA",
     "Quantize",

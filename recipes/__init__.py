@@ -61,7 +61,12 @@ def empty_model(model: ModelConfig, device: torch.device) -> nn.Module:
     """The model without weights, in the dtype that it will have on a device."""
     dtype = resolve_dtype(model.dtype, device)
     return load_model(
-        model.id, dtype=dtype, device="meta", implementation=model.implementation, **origin(model)
+        model.id,
+        dtype=dtype,
+        device="meta",
+        implementation=model.implementation,
+        attn_implementation=model.attn_implementation,
+        **origin(model),
     )
 
 
@@ -111,6 +116,7 @@ def load_run(
             dtype=config.model.dtype,
             device=device,
             implementation=config.model.implementation,
+            attn_implementation=config.model.attn_implementation,
         )
         return capture(model), tokenizer
     passes = [part for one in make_passes(config.passes) for part in one.parts()]

@@ -1,41 +1,54 @@
 """Supervised fine-tuning: next-token cross entropy on the answers of a data set.
 
-Full fine-tuning, LoRA and whatever comes differ only by the passes in the config.
+Full fine-tuning, LoRA, quantized bases and whatever comes differ only by the passes in the config.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import math
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from safetensors.torch import save_file
 
 from graphtune.capture import capture
-from graphtune.config import Component, SFTConfig, instantiate, to_yaml, validate
-from graphtune.data import Batch, Dataset, batches, count_batches, count_tokens
-from graphtune.engine import TrainStep, compile_step
+from graphtune.config import Component, SFTConfig, instantiate, to_plain, to_yaml
+from graphtune.data import Batch, Loader
+from graphtune.engine import NotFinite, TrainStep, compile_step
 from graphtune.errors import UserError
-from graphtune.models import load_tokenizer
-from graphtune.passes import Pass
+from graphtune.losses import cross_entropy
 from graphtune.program import Program
-from graphtune.recipes import empty_model, make_passes, origin, save_trained
-from graphtune.training.device import peak_memory, pick_device
+from graphtune.recipes import save_trained
+from graphtune.recipes.generate import encode_chat, generate, stop_ids
+from graphtune.recipes.job import Data, Job, prepare
+from graphtune.training.checkpoint import Checkpointer
+from graphtune.training.checkpoint_files import to_resume
+from graphtune.training.clock import Clock
+from graphtune.training.determinism import seed_everything
+from graphtune.training.ema import EMA, evaluation_weights, start_training
 from graphtune.training.evaluate import evaluate_loss
+from graphtune.training.loggers import Loggers
+from graphtune.training.memory import check_fits, explaining_out_of_memory, largest_batch
+from graphtune.training.optimizers import OptimizerInBackward
 from graphtune.training.parameter_groups import ParameterGroup, parameter_groups
+from graphtune.training.profiling import StepProfiler
 from graphtune.training.progress import TrainingProgress
 from graphtune.training.run import Run
 from graphtune.training.schedules import schedule
+from graphtune.training.signals import StopSignals
+from graphtune.training.state import TrainState
+from graphtune.training.throughput import Meter
 from graphtune.weights import load_weights
 
+NO_PROFILE = {"start": 0, "steps": 0}
 RETENTION_LIMIT = 1.10  # times its perplexity on unrelated text that a model may end with
 
 
@@ -46,226 +59,310 @@ def run(config: DictConfig) -> Run:
         The run's folder: config, metrics, loss curve, summary and what was trained.
 
     Raises:
-        UserError: config, data or model cannot be used; before capture starts.
-        KeyboardInterrupt: after what was learned so far has been saved.
+        UserError: config, data or model cannot be used, before capture starts; a run that does
+            not fit into memory, before weights are loaded.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when the run has been saved.
     """
     console = Console()
     clock = Clock(console)
     with clock.phase("prepare", "reading config and data"):
         job = prepare(config)
     cfg = job.config
-    run = Run.create(cfg.output_dir, to_yaml(cfg))
-    torch.manual_seed(cfg.seed)
+    run = Run.create(cfg.output_dir, to_yaml(cfg), resume=cfg.resume is not None)
+    seed_everything(cfg.seed, cfg.deterministic)
     with clock.phase("capture", "capturing the graph"):
         program = capture(job.empty)
     with clock.phase("passes", "applying passes"):
         program = program.apply(*job.passes)
-        make_optimizer(program, cfg)  # fails here rather than after weights are loaded
+        make_scheduler(make_optimizer(program, cfg), cfg, 100)  # fails here, not after loading
+    with clock.phase("memory", "estimating memory"):
+        batch_size = choose_batch_size(program, job, console)
     with clock.phase("load", "loading weights"):
         program = load_weights(program, device=job.device, **job.origin)
     console.print(program, highlight=False)
 
-    with clock.phase("evaluate", "evaluating before training"):
-        before = evaluate(program, job)
-    trained: dict[str, float] = {}
-    try:
-        trained = train(program, job, run, clock, console)
-    finally:  # also after Ctrl-C, or an error in the middle of the night
-        with clock.phase("save", "saving"):
-            save(program, job.tokenizer, run)
-    with clock.phase("evaluate", "evaluating after training"):
-        after = evaluate(program, job)
-    report(run, before, after, trained, clock, console)
+    with explaining_out_of_memory(batch_size, cfg.loader.length):
+        training = set_up(program, job, batch_size)
+        with clock.phase("compile", "compiling the step, and checking its gradients"):
+            warm_up(training)
+        if (found := to_resume(cfg.resume, run.checkpoint_dir)) is not None:
+            training.state.restore(found)  # last of all: it sets the random number generators
+            start_training(training.optimizer)
+            run.rewind(training.state.step)
+            console.print(f"going on from {found}", highlight=False)
+        if "before" not in training.state.counters:
+            with clock.phase("evaluate", "evaluating before training"):
+                training.state.counters["before"] = evaluate(training)
+        try:
+            trained = train(training, run, clock, console)
+        finally:  # also after Ctrl-C, or an error in the middle of the night
+            with clock.phase("save", "saving"):
+                save(training, run)
+        with clock.phase("evaluate", "evaluating after training"):
+            after = evaluate(training)
+    report(run, training.state.counters["before"], after, trained, clock, console)
     return run
 
 
-@dataclass(frozen=True)
-class Job:
-    """A config and what it names, all of it known to be usable together."""
+def choose_batch_size(program: Program, job: Job, console: Console) -> int:
+    """The config's batch size, or the largest that fits; refuses a run that cannot fit."""
+    cfg, options = job.config, job.config.loader
 
-    config: SFTConfig
-    device: torch.device
-    empty: nn.Module  # the model, without weights
-    passes: list[Pass]
-    tokenizer: PreTrainedTokenizerBase
-    dataset: Dataset
-    dataset_val: Dataset | None
-    retention: Dataset | None
-    steps_per_epoch: int
+    def optimizer(parameters: list[torch.nn.Parameter]) -> Any:
+        named = [(f"parameter.{index}", parameter) for index, parameter in enumerate(parameters)]
+        return instantiate(cfg.optimizer, named)
 
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What besides its id says which checkpoint a model comes from."""
-        return origin(self.config.model)
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        steps = self.config.epochs * self.steps_per_epoch
-        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
-
-    def batches(self, dataset: Dataset, epoch: int = 0, shuffle: bool = False) -> Iterator[Batch]:
-        """One epoch of batches; of one shape, so that the step compiles once."""
-        loader = self.config.loader
-        return batches(
-            dataset,
-            batch_size=loader.batch_size,
-            length=loader.length,
-            packed=loader.packed,
-            seed=self.config.seed,
-            epoch=epoch,
-            shuffle=shuffle,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-
-
-def prepare(config: DictConfig) -> Job:
-    """Everything that can fail, before anything that takes long. Writes nothing.
-
-    Raises:
-        UserError: naming the config key, its value and what would be right.
-    """
-    cfg = validate(config, SFTConfig)
-    Run(cfg.output_dir).refuse_used()
-    device = pick_device(cfg.device)
-    passes = make_passes(cfg.passes)
-    empty = empty_model(cfg.model, device)
-    positions = getattr(empty.config, "max_position_embeddings", None)
-    if positions is not None and cfg.loader.length > positions:
-        raise UserError(
-            f"`loader.length={cfg.loader.length}` is more than the {positions} positions of "
-            f"{cfg.model.id}; choose at most {positions}"
-        )
-    for one in passes:
-        one.check(empty)
-    tokenizer = load_tokenizer(cfg.model.id, **origin(cfg.model))
-
-    def read(source: Component | None) -> Dataset | None:
-        return instantiate(source, tokenizer, max_length=cfg.loader.length)
-
-    dataset = read(cfg.dataset)
-    if not dataset:
-        raise UserError("`dataset` has no examples; check its source, split and filters")
-    per_epoch = count_batches(
-        dataset,
-        batch_size=cfg.loader.batch_size,
-        length=cfg.loader.length,
-        packed=cfg.loader.packed,
+    if options.batch_size == "auto":
+        size = largest_batch(program, options.length, job.device, optimizer=optimizer)
+        console.print(f"`loader.batch_size=auto` is {size}", highlight=False)
+        return size
+    estimate = check_fits(
+        program,
+        options.batch_size,
+        options.length,
+        job.device,
+        compiled=cfg.compile,
+        optimizer=optimizer,
     )
-    return Job(
-        config=cfg,
-        device=device,
-        empty=empty,
-        passes=passes,
-        tokenizer=tokenizer,
-        dataset=dataset,
-        dataset_val=read(cfg.dataset_val),
-        retention=read(cfg.retention),
-        steps_per_epoch=math.ceil(per_epoch / cfg.gradient_accumulation_steps),
-    )
+    at_most = "at most " if cfg.compile else ""
+    console.print(f"a step takes {at_most}{estimate.total / 2**30:.2f} GiB", highlight=False)
+    return options.batch_size
 
 
-def train(program: Program, job: Job, run: Run, clock: Clock, console: Console) -> dict[str, float]:
-    """The training loop; logs each step to the run's folder."""
-    cfg, steps = job.config, job.steps
+@dataclass
+class Training:
+    """What takes steps, and what they change."""
+
+    job: Job
+    program: Program
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    ema: EMA | None
+    step: TrainStep
+    loader: Loader
+    steps: int
+    state: TrainState  # of all of the above
+
+    def evaluating(self, data: Data) -> Iterator[Batch]:
+        """One epoch of a data set that is not trained on."""
+        return iter(self.job.loader(data, self.loader.batching.batch_size))
+
+
+def set_up(program: Program, job: Job, batch_size: int) -> Training:
+    """Optimizer, schedule, step and loader of a job, about to take the first step."""
+    cfg = job.config
+    loader = job.loader(job.dataset, batch_size, train=True)
+    steps = job.steps(loader)
     optimizer = make_optimizer(program, cfg)
-    scheduler = make_scheduler(optimizer, job)
-    step = compile_step(program, optimizer, compile=cfg.compile, clip_grad_norm=cfg.clip_grad_norm)
-    with clock.phase("compile", "compiling the step, and checking its gradients"):
-        warm_up(step, job)
-
-    tokens, seconds = 0, 0.0
-    with clock.phase("train", "training"), TrainingProgress(steps, console) as progress:
-        for number, group in enumerate(itertools.islice(groups(job), steps), start=1):
-            start = time.perf_counter()
-            on_device = [{k: v.to(job.device) for k, v in one.items()} for one in group]
-            metrics = step(on_device)
-            rate = optimizer.param_groups[0]["lr"]
-            if scheduler is not None:
-                scheduler.step()
-            elapsed = time.perf_counter() - start
-            here = sum(count_tokens(one) for one in group)
-            tokens, seconds = tokens + here, seconds + elapsed
-            if not math.isfinite(metrics["loss"]):
-                raise RuntimeError(f"the loss is {metrics['loss']} at step {number}; lower the lr")
-            if number % cfg.log_every and number != steps:
-                continue
-            memory = peak_memory(job.device)
-            run.log(
-                {
-                    "step": number,
-                    **metrics,
-                    "lr": rate,
-                    "tokens_per_s": here / elapsed,
-                    "peak_memory_bytes": memory,
-                }
-            )
-            progress.update(
-                number,
-                loss=metrics["loss"],
-                tokens_per_s=here / elapsed,
-                memory=memory,
-                eta_s=seconds / number * (steps - number),
-            )
-    return {"steps": steps, "tokens": tokens, "tokens_per_s": tokens / seconds}
+    scheduler = make_scheduler(optimizer, cfg, steps)
+    ema = None if cfg.ema_decay is None else EMA(program.named_parameters(), cfg.ema_decay)
+    loss = functools.partial(cross_entropy, label_smoothing=cfg.label_smoothing, z_loss=cfg.z_loss)
+    step = compile_step(
+        program, optimizer, compile=cfg.compile, clip_grad_norm=cfg.clip_grad_norm, loss=loss
+    )
+    start_training(optimizer)
+    parts = {"scheduler": scheduler, "ema": ema, "loader": loader}
+    state = TrainState(
+        program, [optimizer], to_plain(cfg), {k: v for k, v in parts.items() if v is not None}
+    )
+    return Training(job, program, optimizer, scheduler, ema, step, loader, steps, state)
 
 
-def groups(job: Job) -> Iterator[list[Batch]]:
-    """The batches of each optimizer step, epoch after epoch."""
-    size = job.config.gradient_accumulation_steps
-    for epoch in range(job.config.epochs):
-        epoch_batches = job.batches(job.dataset, epoch, shuffle=job.config.loader.shuffle)
-        while group := list(itertools.islice(epoch_batches, size)):
+def train(training: Training, run: Run, clock: Clock, console: Console) -> dict[str, float]:
+    """The training loop; logs, validates and saves as the config says.
+
+    Returns:
+        `steps`, `tokens` (that are not padding) and `tokens_per_s` of the run so far.
+    """
+    cfg, state = training.job.config, training.state
+    counters = state.counters
+    meter = Meter(training.program, counters, training.job.device)
+    with ExitStack() as stack:
+        stack.enter_context(clock.phase("train", "training"))
+        loggers = Loggers(cfg.loggers, run.folder, to_plain(cfg))
+        stack.callback(loggers.close)
+        checkpoints = stack.enter_context(make_checkpointer(cfg, run))
+        stop = stack.enter_context(StopSignals(lambda m: console.print(m, highlight=False)))
+        progress = stack.enter_context(TrainingProgress(training.steps, console))
+        profiler = StepProfiler(run.folder / "profile.json", **to_plain(cfg.profile or NO_PROFILE))
+        stack.callback(profiler.close)
+
+        def log(metrics: dict[str, Any]) -> None:
+            run.log({"step": state.step, **metrics})
+            loggers.log(state.step, metrics)
+
+        groups = micro_batches(training.loader, cfg.epochs, cfg.gradient_accumulation_steps)
+        for group in itertools.islice(groups, training.steps - state.step):
+            profiler.before(state.step + 1)
+            with meter.timing(group) as speed:
+                metrics = take_step(training, group, run)
+            metrics |= speed
+            if state.step % cfg.log_every == 0 or state.step == training.steps:
+                log(metrics)
+                progress.update(
+                    state.step,
+                    loss=metrics["loss"],
+                    tokens_per_s=metrics["tokens_per_s"],
+                    memory=metrics["peak_memory_bytes"],
+                    eta_s=counters["seconds"] / state.step * (training.steps - state.step),
+                )
+            heldout = None
+            if cfg.validate_every and state.step % cfg.validate_every == 0:
+                heldout = evaluate(training, retention=False)["heldout_loss"]
+                log({"heldout_loss": heldout})
+            if cfg.samples and state.step % cfg.samples.every_steps == 0:
+                write_samples(training, run, console)
+            enough = stops_early(training, heldout)
+            is_ranked = heldout is not None and cfg.checkpoint.keep_best > 0
+            if checkpoints.due(state.step) or stop.requested or is_ranked:
+                checkpoints.save(state, metric=heldout)
+            if stop.requested:
+                raise KeyboardInterrupt
+            if enough:
+                console.print(f"stopping early: no new best in {cfg.early_stopping}")
+                break
+    seconds = max(counters.get("seconds", 0.0), 1e-9)
+    tokens = counters.get("tokens", 0)
+    return {"steps": state.step, "tokens": tokens, "tokens_per_s": tokens / seconds}
+
+
+def micro_batches(loader: Loader, epochs: int, size: int) -> Iterator[list[Batch]]:
+    """The batches of each optimizer step, for what is left of the epochs."""
+    while loader.epoch < epochs:
+        batches = iter(loader)
+        while group := list(itertools.islice(batches, size)):
             yield group
 
 
-def warm_up(step: TrainStep, job: Job) -> None:
-    """Compile on the first batch; compiled loss and gradients must be the eager ones."""
-    if job.config.compile:
-        first = next(groups(job))[0]
-        step.check({name: tensor.to(job.device) for name, tensor in first.items()})
+def take_step(training: Training, group: list[Batch], run: Run) -> dict[str, Any]:
+    """One optimizer step, and all that goes with it.
+
+    Raises:
+        RuntimeError: the loss or a gradient is not a number. Nothing was updated, and the batch
+            is in the run's folder.
+    """
+    state, counters = training.state, training.state.counters
+    lr = float(training.optimizer.param_groups[0]["lr"])  # some keep a tensor
+    limit, spikes = math.inf, training.job.config.skip_spikes
+    recent = counters.setdefault("recent_losses", [])
+    if spikes and len(recent) == spikes.window:
+        limit = spikes.factor * sum(recent) / len(recent)
+    try:
+        metrics = training.step(group, loss_limit=limit)
+    except NotFinite as error:
+        path = run.folder / f"bad_batch_step_{state.step + 1}.safetensors"
+        tensors = {f"{i}.{k}": t.contiguous() for i, b in enumerate(group) for k, t in b.items()}
+        save_file(tensors, path)
+        raise RuntimeError(f"step {state.step + 1}: {error}; its batch is in {path}") from error
+    state.step += 1
+    if spikes and "skipped" not in metrics:
+        counters["recent_losses"] = [*recent, metrics["loss"]][-spikes.window :]
+    if training.scheduler is not None:
+        training.scheduler.step()
+    if training.ema is not None:
+        training.ema.update()
+    return {**metrics, "lr": lr}
 
 
 def make_optimizer(program: Program, cfg: SFTConfig) -> torch.optim.Optimizer:
     """The optimizer over what trains; in groups, where the config has some."""
-    if not cfg.parameter_groups:
-        return instantiate(cfg.optimizer, list(program.trainable_parameters()))
-    lr = cfg.optimizer.arguments.get("lr")
-    if lr is None:
-        raise UserError("`parameter_groups` needs a learning rate to multiply: set `optimizer.lr`")
-    groups = [
-        ParameterGroup(tuple(one.parameters), one.lr_ratio, one.weight_decay)
-        for one in cfg.parameter_groups
-    ]
-    return instantiate(cfg.optimizer, parameter_groups(program.named_parameters(), groups, lr=lr))
+    trained = [(name, p) for name, p in program.named_parameters() if p.requires_grad]
+    given: Any = trained
+    if cfg.parameter_groups:
+        lr = cfg.optimizer.arguments.get("lr")
+        if lr is None:
+            raise UserError("`parameter_groups` multiply a learning rate: set `optimizer.lr`")
+        groups = [
+            ParameterGroup(tuple(one.parameters), one.lr_ratio, one.weight_decay)
+            for one in cfg.parameter_groups
+        ]
+        given = parameter_groups(trained, groups, lr=lr)
+    optimizer = instantiate(cfg.optimizer, given)
+    if cfg.ema_decay is not None and hasattr(optimizer, "eval"):
+        raise UserError("`ema_decay`: a schedule-free optimizer averages by itself; set it to null")
+    if not cfg.optimizer_in_backward:
+        return optimizer
+    if cfg.gradient_accumulation_steps > 1 or cfg.clip_grad_norm is not None:
+        raise UserError(
+            "`optimizer_in_backward=true` updates before all gradients are there: set "
+            "`gradient_accumulation_steps=1` and `clip_grad_norm=null`"
+        )
+    return OptimizerInBackward(optimizer)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, job: Job) -> Any:
+def make_scheduler(optimizer: torch.optim.Optimizer, cfg: SFTConfig, steps: int) -> Any:
     """The learning-rate schedule, stepped once for each optimizer step; None for no schedule."""
-    options = job.config.lr_scheduler
+    options = cfg.lr_scheduler
     if options is None or isinstance(options, Component):
         return instantiate(options, optimizer)
     warmup = options.warmup_steps
     if warmup is None:
-        warmup = round(options.warmup_ratio * job.steps)
-    return schedule(optimizer, options.name, steps=job.steps, warmup_steps=warmup)
+        warmup = round(options.warmup_ratio * steps)
+    return schedule(
+        optimizer,
+        options.name,
+        steps=steps,
+        warmup_steps=warmup,
+        min_ratio=options.min_ratio,
+        decay_steps=round(options.decay_ratio * steps) if options.name == "wsd" else 0,
+    )
 
 
-def evaluate(program: Program, job: Job) -> dict[str, float]:
+def make_checkpointer(cfg: SFTConfig, run: Run) -> Checkpointer:
+    return Checkpointer(run.checkpoint_dir, **to_plain(cfg.checkpoint))
+
+
+def warm_up(training: Training) -> None:
+    """Compile on the first batch; compiled loss and gradients must be the eager ones."""
+    if training.job.config.compile:
+        training.step.check(training.loader.peek())
+
+
+def evaluate(training: Training, *, retention: bool = True) -> dict[str, float]:
     """Loss on held-out data, and perplexity on unrelated text, of what the config names."""
-    results: dict[str, float] = {}
-    if job.dataset_val is not None:
-        results["heldout_loss"] = evaluate_loss(program, job.batches(job.dataset_val))
-    if job.retention is not None:
-        results["retention_perplexity"] = math.exp(
-            evaluate_loss(program, job.batches(job.retention))
-        )
+    job, results = training.job, {}
+    with evaluation_weights(training.optimizer, training.ema):
+        if job.dataset_val is not None:
+            batches = training.evaluating(job.dataset_val)
+            results["heldout_loss"] = evaluate_loss(training.program, batches)
+        if retention and job.retention is not None:
+            batches = training.evaluating(job.retention)
+            results["retention_perplexity"] = math.exp(evaluate_loss(training.program, batches))
     return results
 
 
-def save(program: Program, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+def stops_early(training: Training, heldout: float | None) -> bool:
+    """Whether the held-out loss has had no new best for as long as the config allows."""
+    options, counters = training.job.config.early_stopping, training.state.counters
+    if options is None or heldout is None:
+        return False
+    if heldout < counters.get("best_heldout", math.inf) - options.min_delta:
+        counters |= {"best_heldout": heldout, "validations_since_best": 0}
+    else:
+        counters["validations_since_best"] = counters.get("validations_since_best", 0) + 1
+    return counters["validations_since_best"] >= options.patience
+
+
+def write_samples(training: Training, run: Run, console: Console) -> None:
+    """Answer the config's prompts, to the console and `samples.jsonl`."""
+    options, tokenizer = training.job.config.samples, training.job.tokenizer
+    assert options is not None
+    stop = stop_ids(training.program, tokenizer)
+    with evaluation_weights(training.optimizer, training.ema):
+        for prompt in options.prompts:
+            ids = encode_chat(tokenizer, prompt, None)
+            new = generate(training.program, ids, stop=stop, max_new_tokens=options.max_new_tokens)
+            answer = str(tokenizer.decode(list(new), skip_special_tokens=True))
+            line = {"step": training.state.step, "prompt": prompt, "answer": answer}
+            with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            console.print(f"{prompt!r} → {answer!r}", highlight=False, markup=False)
+
+
+def save(training: Training, run: Run) -> None:
     """What was trained, in the layout that others read, where there is one for it."""
-    save_trained(program, tokenizer, run)
+    with evaluation_weights(training.optimizer, training.ema):
+        save_trained(training.program, training.job.tokenizer, run)
     if run.metrics():
         run.plot_loss()
 
@@ -300,21 +397,3 @@ def report(
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items())
     console.print(f"{spent}; {trained['tokens_per_s']:,.0f} tokens/s", highlight=False)
     console.print(f"saved in {run.folder}", highlight=False)
-
-
-class Clock:
-    """Seconds spent in each phase of a run; says which one is going on."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str, doing: str) -> Iterator[None]:
-        self.console.print(doing, style="dim")
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent

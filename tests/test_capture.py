@@ -100,7 +100,8 @@ def test_packed_batch_equals_its_sequences(pair):
     for seed, length in enumerate((7, 12, 5, 9)):
         ids = random_ids(1, length, seed=seed)[0].tolist()
         examples.append({"input_ids": ids, "labels": ids})
-    batch = collate_packed(pack(examples, 20), length=20, pad_token_id=0)
+    rows = pack([len(example["input_ids"]) for example in examples], 20).rows()
+    batch = collate_packed([[examples[i] for i in row] for row in rows], length=20)
     logits = program(batch["input_ids"], batch["attention_mask"], batch["position_ids"])
     starts = (batch["position_ids"] == 0).nonzero().tolist()
     seen = 0

@@ -6,6 +6,7 @@ Nothing here imports torch before a subcommand needs it: help is instant.
 from graphtune.cli import (  # noqa: F401  (each registers itself)
     cat,
     cp,
+    data,
     download,
     export,
     generate,

@@ -4,12 +4,13 @@ from graphtune.config.compose import catalogue, config_text, models, techniques
 from graphtune.config.instantiate import Component, component, instantiate
 from graphtune.config.keys import close_match, did_you_mean
 from graphtune.config.parse import load_config
-from graphtune.config.schema import SCHEMAS, ModelConfig, SFTConfig, option
-from graphtune.config.validate import check_options, to_yaml, validate
+from graphtune.config.schema import SCHEMAS, LoaderConfig, ModelConfig, SFTConfig, option
+from graphtune.config.validate import check_options, to_plain, to_yaml, validate
 
 __all__ = [
     "SCHEMAS",
     "Component",
+    "LoaderConfig",
     "ModelConfig",
     "SFTConfig",
     "catalogue",
@@ -23,6 +24,7 @@ __all__ = [
     "models",
     "option",
     "techniques",
+    "to_plain",
     "to_yaml",
     "validate",
 ]

@@ -10,9 +10,10 @@ would a script.
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, Unpack, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -49,6 +50,11 @@ class Component:
             )
         return cls(path, arguments, key)
 
+    def without(self, name: str) -> "Component":
+        """The same, but for one argument."""
+        rest = {key: value for key, value in self.arguments.items() if key != name}
+        return Component(self.path, rest, self.key)
+
     def mapping(self) -> dict[str, Any]:
         """As the config writes it."""
         return {COMPONENT: self.path, **self.arguments}
@@ -84,13 +90,9 @@ class Component:
             raise UserError(f"`{self.key or COMPONENT}` ({self.path}): {error}") from error
 
     def _refuse_unknown(self, target: Callable[..., Any], names: Iterable[str]) -> None:
-        signature = _signature(target)
-        if signature is None:
+        known = _parameter_names(target)
+        if known is None:
             return
-        parameters = signature.parameters.values()
-        if any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return
-        known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         for name in names:
             if name not in known:
                 raise UserError(
@@ -175,6 +177,38 @@ def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
         return inspect.signature(target)
     except (TypeError, ValueError):  # some builtins do not tell
         return None
+
+
+def _parameter_names(target: Callable[..., Any]) -> list[str] | None:
+    """The names that `target` takes as keywords; None if it takes any, or does not tell.
+
+    `**options: Unpack[Options]` takes the keys of the TypedDict `Options`.
+    """
+    signature = _signature(target)
+    if signature is None:
+        return None
+    names = []
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            names.append(parameter.name)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            options = _unpacked(target, parameter.name)
+            if options is None:
+                return None
+            names += get_type_hints(options)
+    return list(dict.fromkeys(names))
+
+
+def _unpacked(target: Callable[..., Any], name: str) -> type | None:
+    """`Options`, if the parameter `name` is declared as `**name: Unpack[Options]`."""
+    while isinstance(target, partial):
+        target = target.func
+    function: Any = target.__init__ if inspect.isclass(target) else target
+    try:
+        hint = get_type_hints(function, include_extras=True).get(name)
+    except (NameError, TypeError):  # annotations that only a type checker can resolve
+        return None
+    return get_args(hint)[0] if get_origin(hint) is Unpack else None
 
 
 def _build(value: Any, key: str) -> Any:

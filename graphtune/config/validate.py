@@ -57,8 +57,9 @@ def validate(
     checked = check_options(schema, plain, "")  # type: ignore[arg-type]
     for item in dataclasses.fields(checked):  # type: ignore[arg-type]
         value = getattr(checked, item.name)
-        if isinstance(value, Component):
-            value.check()
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Component):
+                one.without("weight").check() if isinstance(value, list) else one.check()
     if registry is not None:
         for name, options in getattr(checked, "passes", {}).items():
             key = f"passes.{name}"
@@ -116,7 +117,7 @@ def check_options(cls: type[T], options: Mapping[str, Any], key: str) -> T:
 
 def to_yaml(config: Any) -> str:
     """A validated config as YAML with every default filled in; `load_config` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
@@ -233,16 +234,16 @@ def _default(item: "dataclasses.Field[Any]") -> Any:
     return item.default
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Dataclasses, components and tuples as mappings and lists."""
     if isinstance(value, Component):
-        return _plain(value.mapping())
+        return to_plain(value.mapping())
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: to_plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [to_plain(item) for item in value]
     return value
 
 

@@ -2,146 +2,294 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+import hashlib
+import json
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, get_args
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import get_json_schema
 
 from graphtune.data.dataset import IGNORE_INDEX, Example
+from graphtune.data.messages import BadRow, Conversation, Message
+from graphtune.data.rendering import ChatRenderer, Span, Turns
+from graphtune.data.templates import Template, chat_template
 from graphtune.errors import UserError
 
-Message = Mapping[str, str]
-"""`{"role": "system" | "user" | "assistant" | ..., "content": text}`"""
+TrainOn = Literal["assistant", "last", "completion", "all"]
+Tools = Sequence[dict[str, Any] | Callable[..., Any]]
+
+_VERSION = 1  # raise it when the same conversation is encoded to something else than before
+
+
+class _Tokens(NamedTuple):
+    """Tokens, and where each starts and ends in the text (nothing if the tokenizer is slow)."""
+
+    ids: list[int]
+    starts: list[int]
+    ends: list[int]
 
 
 class ConversationEncoder:
-    """Encodes conversations with the tokenizer's chat template.
+    """Encodes conversations with a chat template.
 
-    The tokens that carry labels decode to each assistant turn followed by the token that ends
-    it, so that the model learns to stop. All that comes before a turn is exactly what the model
-    is given at generation: the template's rendering with `add_generation_prompt=True`. The
+    The tokens that carry labels decode to assistant turns, each through the token that ends it,
+    so that the model learns to stop. All that comes before a turn is exactly what the model is
+    given at generation: the template's rendering with `add_generation_prompt=True`. The
     template writes any beginning-of-sequence token itself; none is added here.
 
+    Where a template marks the assistant's turns with `{% generation %}`, its marks are used;
+    otherwise what it renders for a turn beyond that turn's prompt is the turn. Some templates
+    drop an earlier turn's reasoning once the conversation goes on: such a turn is no longer what
+    the model would say, and carries no labels (a warning says so, once).
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        template: a name, mapping, Jinja text or file (`graphtune.data.templates`); None is the
+            tokenizer's own.
+        train_on: "assistant", every assistant turn; "last", the last of them; "completion",
+            those after the last user message; "all", every token.
+        tools: JSON schemas or documented functions that the template is shown.
+
+    Attributes:
+        template: the Jinja text; `tokenizer.chat_template = encoder.template` saves it with the
+            tokenizer.
+        renderer: knows the template's ways, such as `renderer.end_of_turn`.
+
     Raises:
-        UserError: the tokenizer has no chat template.
+        UserError: no such template, the tokenizer has none, or unknown `train_on`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"model.id: the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
-                "use the instruction-tuned variant of the model, or set tokenizer.chat_template"
-            )
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: Template | None = None,
+        train_on: TrainOn = "assistant",
+        tools: Tools | None = None,
+    ) -> None:
+        if train_on not in get_args(TrainOn):
+            choices = ", ".join(get_args(TrainOn))
+            raise UserError(f"dataset.train_on: {train_on!r} is unknown; use one of {choices}")
         self.tokenizer = tokenizer
-        self.end_of_turn = self._find_end_of_turn()
+        self.template = chat_template(template, tokenizer)
+        self.train_on = train_on
+        self.tools = _schemas(tools or ())
+        self.renderer = ChatRenderer(tokenizer, self.template)
+        self._added = set(tokenizer.added_tokens_decoder)
+        first = tokenizer.convert_ids_to_tokens(self._encode("a").ids[:1])
+        self._adds_space = tokenizer.is_fast and first[0].startswith("\u2581")
 
-    def __call__(self, messages: Sequence[Message]) -> Example:
-        """Encode one conversation.
+    def __call__(self, messages: Conversation, tools: Tools | None = None) -> Example:
+        """Encode one whole conversation.
+
+        Args:
+            messages: who says what; `weight` scales the loss of a turn, 0 leaves it out.
+            tools: shown instead of the encoder's own.
+
+        Returns:
+            `weights`, the loss weight of each token, is there if some turn that is learned has
+            another weight than 1.
 
         Raises:
-            UserError: malformed messages, or a chat template that renders the beginning of a
-                conversation differently once it goes on.
+            BadRow: malformed messages, or messages that the template refuses or rewrites.
         """
-        _check(messages)
-        text = self._render(messages)
-        spans = self._assistant_spans(messages, text)
+        text, spans, weights = self._learned_turns(messages, tools)
         ids, spans = self._tokenize(text, spans)
-        labels = [IGNORE_INDEX] * len(ids)
-        for start, end in spans:
-            labels[start:end] = ids[start:end]
-        return Example(input_ids=ids, labels=labels)
+        return self._label(ids, spans, weights)
 
-    def _render(self, messages: Sequence[Message], *, generation: bool = False) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=generation,
-            )
-        except TemplateError as error:
-            raise UserError(
-                f"dataset: the model's chat template refuses a conversation ({error}); "
-                f"its roles are {[message['role'] for message in messages]}"
-            ) from error
-        assert isinstance(text, str)
-        return text
+    @cached_property
+    def key(self) -> str:
+        """Names all that decides the output, for caches: hexadecimal, 32 characters."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        parts = [
+            str(_VERSION),
+            backend.to_str() if backend else repr(sorted(self.tokenizer.get_vocab().items())),
+            repr(sorted(self.tokenizer.special_tokens_map.items())),
+            self.template,
+            self.train_on,
+            json.dumps(self.tools, sort_keys=True),
+        ]
+        digest = hashlib.sha256()
+        for part in parts:
+            content = part.encode()
+            digest.update(len(content).to_bytes(8, "big") + content)
+        return digest.hexdigest()[:32]
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-
-    def _find_end_of_turn(self) -> str:
-        """What the template writes after an assistant's words, through the turn's last token."""
-        words = "These are the assistant's words."
-        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": words}]
-        rest = self._render(turns).partition(words)[2]
-        tokens = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        ends = [rest.find(token) + len(token) for token in tokens if token in rest]
-        return rest[: min(ends)] if ends else rest.rstrip()
-
-    def _assistant_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """Character spans of the assistant's turns in the rendered conversation."""
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        prompts = [self._render(messages[:turn], generation=True) for turn in turns]
-        starts = [len(prompt) for prompt in prompts]
-        spans = []
-        for turn, prompt, start, limit in zip(
-            turns, prompts, starts, [*starts[1:], len(text)], strict=True
-        ):
-            if not text.startswith(prompt):
-                raise UserError(
-                    "dataset: the model's chat template renders the conversation before message "
-                    f"{turn} differently once that message follows, so what generation sees "
-                    "cannot be trained; shorten the conversations or use another template"
-                )
-            spans.append((start, self._turn_end(text, messages[turn]["content"], start, limit)))
-        return spans
-
-    def _turn_end(self, text: str, words: str, start: int, limit: int) -> int:
-        for spelling in (words, words.strip()):  # templates may trim what was said
-            at = text.find(spelling + self.end_of_turn, start, limit)
-            if at >= 0:
-                return at + len(spelling) + len(self.end_of_turn)
-            if text.startswith(spelling, start):  # a turn that this template leaves open
-                return start + len(spelling)
-        raise UserError(
-            "dataset: the model's chat template rewrites what the assistant says "
-            f"({words[:40]!r}...), so it cannot be trained word for word; use another template"
-        )
-
-    def _tokenize(
-        self, text: str, spans: list[tuple[int, int]]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of the whole text, and the spans in tokens.
-
-        Where a token would reach across a span's edge (a turn that begins with whitespace, say),
-        the text is encoded in pieces cut at the edges: generation cuts there too.
-        """
-        cuts = [0, *(edge for span in spans for edge in span), len(text)]
-        ids = self._encode(text)
-        heads = [self._encode(text[:cut]) for cut in cuts]
-        if all(ids[: len(head)] == head for head in heads):
-            edges = [len(head) for head in heads]
+    def _learned_turns(
+        self, messages: Conversation, tools: Tools | None
+    ) -> tuple[str, list[Span], list[float]]:
+        """The rendered conversation, its turns that `_label` must know, the messages' weights."""
+        turns = self._clean(messages)
+        weights = [_weight(message, i) for i, message in enumerate(messages)]
+        if self.train_on == "all":
+            chosen = [i for i, weight in enumerate(weights) if weight != 1]
+            for i in chosen:
+                if turns[i]["role"] != "assistant":
+                    problem = "only the assistant's turns have weights when all are learned"
+                    raise BadRow(f"messages[{i}].weight", problem)
         else:
-            pieces = [self._encode(text[a:b]) for a, b in pairwise(cuts)]
-            ids = [token for piece in pieces for token in piece]
-            edges = [0, *accumulate(len(piece) for piece in pieces)]
-        return ids, list(zip(edges[1:-1:2], edges[2:-1:2], strict=True))
+            chosen = [i for i in self._candidates(turns) if weights[i] != 0]
+        schemas = self.tools if tools is None else _schemas(tools)
+        return *self.renderer.find_turns(turns, schemas, chosen), weights
 
+    def _clean(self, messages: Conversation) -> Turns:
+        """The messages as the template takes them.
 
-def _check(messages: Sequence[Message]) -> None:
-    well_formed = bool(messages) and all(
-        isinstance(message, Mapping)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in messages
-    )
-    if not well_formed:
-        raise UserError(
-            "dataset: a conversation must be a list of messages with a text 'role' and a text "
-            f"'content', not {str(messages)[:80]}"
+        Keys without a value are left out, as by `apply_chat_template`: tables have every key in
+        every row. A turn of nothing but tool calls has empty content, since templates add to it.
+        """
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+            raise BadRow("messages", f"must be a list of messages, not {messages!r:.60}")
+        turns = [self._clean_message(message, i) for i, message in enumerate(messages)]
+        speakers = [turn["role"] for turn in turns]
+        if speakers[0] == "assistant":
+            raise BadRow("messages[0].role", "must not be the assistant's; add a prompt")
+        if "assistant" not in speakers and self.train_on != "all":
+            raise BadRow("messages", "there is no assistant message to learn from")
+        return turns
+
+    def _clean_message(self, message: Message, i: int) -> dict[str, Any]:
+        field = f"messages[{i}]"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise BadRow(field, f"must have a text 'role', not be {message!r:.60}")
+        turn = {k: v for k, v in message.items() if v is not None and k != "weight"}
+        content = turn.setdefault("content", "" if turn.get("tool_calls") else None)
+        if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+            if not self.renderer.takes_parts:
+                turn["content"] = _join(content, f"{field}.content")
+        elif not isinstance(content, str):
+            raise BadRow(f"{field}.content", f"must be text, not {content!r:.60}")
+        return turn
+
+    def _candidates(self, turns: Turns) -> list[int]:
+        """The messages that `train_on` names."""
+        assistant = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if self.train_on == "last":
+            return assistant[-1:]
+        if self.train_on == "completion":
+            asked = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
+            assistant = [i for i in assistant if i > asked]
+            if not assistant:
+                raise BadRow("messages", "the assistant says nothing after the last user message")
+        return assistant
+
+    def _encode(self, text: str) -> _Tokens:
+        encoded = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=self.tokenizer.is_fast,
+            verbose=False,
         )
-    if messages[0]["role"] == "assistant":
-        raise UserError("dataset: a conversation must not begin with the assistant; add a prompt")
-    if all(message["role"] != "assistant" for message in messages):
-        raise UserError("dataset: a conversation has no assistant message to learn from")
+        offsets = encoded.get("offset_mapping", ())
+        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+        return _Tokens(encoded["input_ids"], starts, ends)
+
+    def _tokenize(self, text: str, spans: list[Span]) -> tuple[list[int], list[Span]]:
+        """Ids of the text, and the spans in tokens.
+
+        Where a token would reach across a span's edge (a turn that begins with whitespace, say)
+        or come out otherwise because of what follows, the text is encoded in pieces cut at that
+        edge: generation cuts there too.
+        """
+        edges = sorted({edge for span in spans for edge in span[1:]})
+        if self.tokenizer.is_fast:
+            tokens = self._encode_cut(text, edges)
+            ids, at = tokens.ids, {edge: bisect_left(tokens.starts, edge) for edge in edges}
+        else:
+            ids, at = self._tokenize_slowly(text, edges)
+        return ids, [Span(message, at[start], at[end]) for message, start, end in spans]
+
+    def _encode_cut(self, text: str, edges: list[int]) -> _Tokens:
+        tokens, cuts = self._encode(text), list[int]()
+        while missed := [e for e in edges if not self._splits_at(e, text, tokens, cuts)]:
+            cuts = sorted([*cuts, *missed])
+            tokens = self._encode_pieces(text, cuts)
+        return tokens
+
+    def _splits_at(self, edge: int, text: str, tokens: _Tokens, cuts: list[int]) -> bool:
+        """Whether the tokens before `edge` are those of the text before it.
+
+        They may differ even if no token reaches across, as tokenizers look ahead; but not
+        across an added token.
+        """
+        ids, starts, ends = tokens
+        if edge in cuts:
+            return True
+        if not _is_clean(starts, ends, edge):
+            return False
+        begin = max((cut for cut in cuts if cut < edge), default=0)
+        after = first = bisect_left(starts, edge)
+        while first and ids[first - 1] not in self._added and starts[first - 1] >= begin:
+            first -= 1
+        begin = max(begin, ends[first - 1] if first else 0)
+        return first == after or self._encode(text[begin:edge]).ids == ids[first:after]
+
+    def _encode_pieces(self, text: str, cuts: list[int]) -> _Tokens:
+        whole = _Tokens([], [], [])
+        for a, b in pairwise([0, *cuts, len(text)]):
+            # A newline in front keeps sentencepiece from putting a space there. It is not joined
+            # with what follows, or if it is, the space has to stay.
+            anchor = 1 if self._adds_space and a else 0
+            piece = self._encode("\n" * anchor + text[a:b])
+            first = bisect_left(piece.starts, anchor)
+            if anchor and (not first or piece.ends[first - 1] > anchor):
+                anchor, first, piece = 0, 0, self._encode(text[a:b])
+            whole.ids.extend(piece.ids[first:])
+            whole.starts.extend(a + start - anchor for start in piece.starts[first:])
+            whole.ends.extend(a + end - anchor for end in piece.ends[first:])
+        return whole
+
+    def _tokenize_slowly(self, text: str, edges: list[int]) -> tuple[list[int], dict[int, int]]:
+        """Without offsets: as many tokens as the text through an edge has."""
+        ids = self._encode(text).ids
+        heads = [self._encode(text[:edge]).ids for edge in edges]
+        if not all(ids[: len(head)] == head for head in heads):
+            ids, heads = [], []
+            for a, b in pairwise([0, *edges, len(text)]):
+                ids = ids + self._encode(text[a:b]).ids
+                heads.append(ids)
+        return ids, {edge: len(head) for edge, head in zip(edges, heads, strict=False)}
+
+    def _label(self, ids: list[int], spans: list[Span], weights: list[float]) -> Example:
+        everything = self.train_on == "all"
+        labels = list(ids) if everything else [IGNORE_INDEX] * len(ids)
+        scale = [1.0 if everything else 0.0] * len(ids)
+        for message, start, end in spans:
+            weight = weights[message]
+            labels[start:end] = ids[start:end] if weight else [IGNORE_INDEX] * (end - start)
+            scale[start:end] = [weight] * (end - start)
+        example = Example(input_ids=ids, labels=labels)
+        if any(weight not in (0, 1) for weight in scale):
+            example["weights"] = scale
+        return example
+
+
+def _is_clean(starts: list[int], ends: list[int], edge: int) -> bool:
+    """Whether one token ends at `edge`, and no token reaches across it."""
+    before = bisect_left(starts, edge)
+    return (ends[before - 1] if before else 0) == edge
+
+
+def _schemas(tools: Tools) -> list[dict[str, Any]]:
+    return [tool if isinstance(tool, dict) else get_json_schema(tool) for tool in tools]
+
+
+def _join(parts: list[Mapping[str, Any]], field: str) -> str:
+    for part in parts:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise BadRow(field, f"the chat template takes text only, not {part!r:.60}")
+    return "".join(part["text"] for part in parts)
+
+
+def _weight(message: Mapping[str, Any], i: int) -> float:
+    weight = message.get("weight")
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e9:
+        raise BadRow(f"messages[{i}].weight", f"must be a number from 0 on, not {weight!r:.60}")
+    return float(weight)

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from graphtune.data.conversations import ConversationEncoder
 from graphtune.data.dataset import Dataset
-from graphtune.data.tabular import conversation, encode_rows
+from graphtune.data.formats import conversation
 from graphtune.errors import UserError
 
 # Modules whose import does nothing but define things. Left out: those that open a window or a
@@ -144,14 +145,12 @@ def docstrings(
         for item in sorted(documented_callables(packages), key=place)
         if (place(item) < holdout) == (split == "validation")
     ]
-    return encode_rows(
-        tokenizer,
-        [item._asdict() for item in chosen[:limit]],
-        lambda row: conversation(
-            f"What does `{row['name']}{row['arguments']}` do?", row["summary"], system
-        ),
-        max_length=max_length,
+    encode = ConversationEncoder(tokenizer)
+    examples = (
+        encode(conversation(f"What does `{item.name}{item.arguments}` do?", item.summary, system))
+        for item in chosen[:limit]
     )
+    return Dataset.build(examples, max_length=max_length)
 
 
 def documented_callables(packages: Sequence[str]) -> list[Documented]:

@@ -2,6 +2,7 @@
 
 from graphtune.inspect.diff import diff
 from graphtune.inspect.ledger import ledger
+from graphtune.inspect.memory import MemoryEstimate, estimate
 from graphtune.inspect.tree import tree
 
-__all__ = ["diff", "ledger", "tree"]
+__all__ = ["MemoryEstimate", "diff", "estimate", "ledger", "tree"]

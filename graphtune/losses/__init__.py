@@ -5,6 +5,7 @@ from graphtune.losses.cross_entropy import (
     cross_entropy,
     labelled_tokens,
     shift_labels,
+    shift_weights,
 )
 
-__all__ = ["IGNORE_INDEX", "cross_entropy", "labelled_tokens", "shift_labels"]
+__all__ = ["IGNORE_INDEX", "cross_entropy", "labelled_tokens", "shift_labels", "shift_weights"]

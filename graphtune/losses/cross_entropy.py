@@ -16,7 +16,19 @@ def shift_labels(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def shift_weights(weights: Tensor) -> Tensor:
+    """Weights (batch, seq) of labels, moved as `shift_labels` moves the labels."""
+    return F.pad(weights[:, 1:], (0, 1))
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
     """Sum of the next-token cross entropy over all labelled tokens, in nats.
 
     A sum, not a mean, so that micro-batches and ranks add up to one large batch: divide by
@@ -25,16 +37,35 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: (batch, seq, vocab), any float dtype; computed in float32.
         labels: int64 (batch, seq), unshifted, -100 where nothing is to be learned.
+        weights: float32 (batch, seq), what each label's loss is multiplied by.
+        label_smoothing: part of each target that is spread over the whole vocabulary, in [0, 1]
+            (Szegedy et al., arXiv:1512.00567).
+        z_loss: times the squared log of the softmax's denominator is added to each label's loss,
+            which keeps logits from drifting (Chowdhery et al., arXiv:2204.02311, with 1e-4).
 
     Returns:
         Scalar float32.
     """
     flat = logits.float().flatten(0, 1)
-    return F.cross_entropy(
-        flat, shift_labels(labels).flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    targets = shift_labels(labels).flatten()
+    plain = weights is None and z_loss == 0
+    loss = F.cross_entropy(
+        flat,
+        targets,
+        ignore_index=IGNORE_INDEX,
+        label_smoothing=label_smoothing,
+        reduction="sum" if plain else "none",
     )
+    if z_loss != 0:
+        squares = flat.logsumexp(-1).square()
+        loss = loss + z_loss * squares.where(targets != IGNORE_INDEX, 0)
+    if weights is not None:
+        loss = loss * shift_weights(weights).flatten()
+    return loss.sum()
 
 
-def labelled_tokens(labels: Tensor) -> Tensor:
-    """Number of tokens that the loss sums over, a scalar int64."""
-    return (labels[:, 1:] != IGNORE_INDEX).sum()
+def labelled_tokens(labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """What the loss is divided by: the number of tokens that it sums over, a scalar int64; or
+    the sum of their weights, a scalar float32."""
+    labelled = labels[:, 1:] != IGNORE_INDEX
+    return labelled.sum() if weights is None else (labelled * weights[:, 1:]).sum()

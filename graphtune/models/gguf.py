@@ -11,12 +11,13 @@ import functools
 import json
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderTensor, dequantize
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -30,7 +31,15 @@ from transformers import (
 from transformers.integrations.gguf import (
     convert_gguf_tokenizer,
     get_gguf_tokenizer,
+    is_gguf_arch_supported,
     read_gguf_metadata,
+)
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    Gemma2TensorProcessor,
+    LlamaTensorProcessor,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
 )
 
 from graphtune.errors import UserError
@@ -38,6 +47,7 @@ from graphtune.errors import UserError
 # Two copies of a tied embedding differ by their quantization errors: about 0.1 relative at
 # 4 bits, 0.3 at 2. Embeddings that are not tied are unrelated: 1 or more.
 _TIED_DIFFERENCE = 0.5
+_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 
 
 class Metadata(NamedTuple):
@@ -78,11 +88,12 @@ def _read_config(path: Path, modified_ns: int) -> PretrainedConfig:
     return config
 
 
-def load_gguf_model(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_gguf_model(path: Path, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
     """The model with all weights de-quantised to `dtype` ("auto": float32 where quantised).
 
     `dequantize=True` is what makes transformers hand back a plain model: without it a
-    quantizer stays attached and both training and `save_pretrained` refuse.
+    quantizer stays attached and both training and `save_pretrained` refuse. `options` are others of
+    `from_pretrained`.
     """
     model = AutoModelForCausalLM.from_pretrained(
         path.parent,
@@ -90,36 +101,97 @@ def load_gguf_model(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         config=load_gguf_config(path),
         quantization_config=GgufConfig(dequantize=True),
         dtype=dtype,
+        **options,
     )
-    _tie_equal_embeddings(model, path)
+    ties = getattr(model.config, "tie_word_embeddings", False)
+    if not ties and (better := better_embedding(path)):
+        _tie_embeddings(model, take_output=better == _OUTPUT)
     return model
 
 
-def _tie_equal_embeddings(model: PreTrainedModel, path: Path) -> None:
-    """Tie input and output embeddings that the file stores twice at different precisions.
-
-    llama.cpp may write `output.weight` beside `token_embd.weight` for a model that ties them,
-    and transformers then takes the model for an untied one. The more precise copy is kept.
-    """
-    ties = getattr(model.config, "tie_word_embeddings", False)
-    if ties or "output.weight" not in read_metadata(path).tensors:
-        return
+def _tie_embeddings(model: PreTrainedModel, *, take_output: bool) -> None:
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert isinstance(embedding, torch.Tensor) and isinstance(output, torch.Tensor)
-    if embedding.shape != output.shape:
-        return
-    rows = slice(None, None, max(1, len(embedding) // 4096))  # a sample tells as much as all
-    sample, other = embedding[rows].float(), output[rows].float()
-    if (sample - other).norm() > _TIED_DIFFERENCE * sample.norm():
-        return
-    bits = {t.name: 8 * t.n_bytes / t.n_elements for t in GGUFReader(path).tensors}
-    if bits["output.weight"] > bits["token_embd.weight"]:
+    if take_output:
         with torch.no_grad():
             embedding.copy_(output)
     model.config.tie_word_embeddings = True
     model.tie_weights()
     # What `save_pretrained` consults, so that it writes the shared tensor once.
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def better_embedding(path: Path) -> str | None:
+    """The more precise of two copies of one embedding, by its name in the file; None if it has one.
+
+    llama.cpp may write `output.weight` beside `token_embd.weight` for a model that ties them, and
+    transformers then takes the model for an untied one.
+    """
+    if _OUTPUT not in read_metadata(path).tensors:
+        return None
+    tensors = {t.name: t for t in GGUFReader(path).tensors if t.name in (_EMBEDDING, _OUTPUT)}
+    if len(tensors) < 2 or len({tuple(t.shape) for t in tensors.values()}) > 1:
+        return None
+    sample, other = (_some_rows(tensors[name]) for name in (_EMBEDDING, _OUTPUT))
+    if (sample - other).norm() > _TIED_DIFFERENCE * sample.norm():
+        return None
+    is_better = tensors[_OUTPUT].n_bytes > tensors[_EMBEDDING].n_bytes
+    return _OUTPUT if is_better else _EMBEDDING
+
+
+def _some_rows(tensor: ReaderTensor) -> torch.Tensor:
+    """Values of up to about 4,096 rows, which tell as much as all."""
+    rows = tensor.data[:: max(1, len(tensor.data) // 4096)]
+    return torch.from_numpy(dequantize(rows, tensor.tensor_type)).float()
+
+
+class GgufFile:
+    """A `Checkpoint` over a GGUF file: the model's names, each tensor de-quantised when it is read.
+
+    Args:
+        path: of the file.
+        model: that the weights are for, on any device; says what names it has.
+        processor: of transformers; undoes what llama.cpp does to tensors of an architecture.
+    """
+
+    def __init__(self, path: Path, model: PreTrainedModel, processor: TensorProcessor) -> None:
+        tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+        if better := better_embedding(path):
+            tensors |= dict.fromkeys((_EMBEDDING, _OUTPUT), tensors[better])
+        translated = get_gguf_hf_weights_map(model, processor)
+        self._processor = processor
+        self._sources: dict[str, tuple[str, ReaderTensor]] = {
+            translated.get(name, name): (name, tensor) for name, tensor in tensors.items()
+        }
+
+    def names(self) -> Collection[str]:
+        return self._sources.keys()
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        source, tensor = self._sources[name]
+        values = dequantize(tensor.data, tensor.tensor_type)
+        values = self._processor.process(weights=values, name=source).weights
+        # Values that are stored as such are still the mapped file, which cannot be written to.
+        return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(dtype)
+
+    def close(self) -> None:
+        self._sources = {}
+
+
+def open_gguf(path: Path, model: PreTrainedModel) -> GgufFile | None:
+    """A GGUF file to read one tensor at a time; None if only `load_gguf_model` can.
+
+    Raises:
+        UserError: the file is not GGUF, or damaged.
+    """
+    architecture = read_metadata(path).fields["general.architecture"]
+    kind = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    # Others make several tensors of one, or one of several; these of one, one. transformers reads
+    # some architectures with other code, and has no processors for them.
+    one_to_one = (TensorProcessor, LlamaTensorProcessor, Gemma2TensorProcessor)
+    if kind not in one_to_one or is_gguf_arch_supported(architecture):
+        return None
+    return GgufFile(path, model, kind(config=model.config.to_dict()))
 
 
 def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:

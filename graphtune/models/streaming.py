@@ -10,15 +10,15 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -28,18 +28,27 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
-from graphtune.models.gguf import load_gguf_model
-from graphtune.models.loading import (
+from graphtune.errors import UserError
+from graphtune.models.checkpoints import Checkpoint, SafetensorsFiles, TorchFiles
+from graphtune.models.dtypes import resolve_dtype
+from graphtune.models.empty import empty_model
+from graphtune.models.gguf import load_gguf_model, open_gguf
+from graphtune.models.meta_llama import MetaLlama, has_meta_files
+from graphtune.models.sources import (
     as_user_error,
-    empty_model,
     is_gguf,
     pretrained_options,
     refuse_quantized,
     resolve,
-    resolve_dtype,
 )
+from graphtune.models.torchtune import Torchtune, is_torchtune, torchtune_files
 
 
 def stream_weights(
@@ -53,9 +62,10 @@ def stream_weights(
     """Yield name and value of each tensor of a checkpoint, as the model would have loaded it.
 
     Memory holds the tensor that is yielded and, while one is put together from several (the
-    experts of a layer), its parts; nothing is kept or mapped once the caller lets go of it. Two
-    kinds of checkpoints are loaded whole and then yielded: GGUF files, and those without a
-    safetensors file under the usual name (PyTorch's `.bin`).
+    experts of a layer), its parts; nothing is kept once the caller lets go of it. Files that
+    `torch.save` wrote are mapped, which takes no memory that the system could not have back. Loaded
+    whole and then yielded are only GGUF files of mixtures and of some rare architectures, files of
+    other names, and those in the format that `torch.save` had before torch 1.6.
 
     Args:
         id: as for `load_model`.
@@ -77,19 +87,59 @@ def stream_weights(
     chosen = resolve_dtype("auto" if dtype is None else dtype, "meta")
     source = resolve(id)
     with as_user_error(id):
-        if is_gguf(source):
-            gguf_dtype = model_config.dtype or chosen if chosen == "auto" else chosen
-            return _unload(load_gguf_model(Path(source), gguf_dtype))
-        refuse_quantized(id, model_config)
-        options = pretrained_options(source, revision, trust_remote_code)
+        options: dict[str, Any] = {}
+        if not is_gguf(source):
+            refuse_quantized(id, model_config)
+            options = pretrained_options(source, revision, trust_remote_code)
         model = empty_model(model_config, chosen, trust_remote_code=trust_remote_code)
-        files = _safetensors_files(source, model_config, options)
-        if files is None:
-            chosen = model.config.dtype
-            return _unload(AutoModelForCausalLM.from_pretrained(source, dtype=chosen, **options))
-        checkpoint = _Checkpoint(files)
+        checkpoint = _open(source, model, options)
+        if checkpoint is None:
+            return _unload(_load_whole(source, model.config.dtype, options))
         plan, unexpected = _plan(checkpoint, model)
     return _stream(id, checkpoint, plan, unexpected, model)
+
+
+def load_streamed(
+    id: str | Path, model: Any, device: torch.device, *, trust_remote_code: bool = False
+) -> Any:
+    """Give a model its weights, on a device; at no time do they exist twice.
+
+    Args:
+        id: as for `load_model`.
+        model: as `empty_model` made it, from the config of `id`.
+        device: where its parameters go; buffers stay where they are.
+        trust_remote_code: let the hub repository's own Python code run.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded, lacks a tensor, has one too many, or one of
+            another shape.
+    """
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state = {}
+    for name, tensor in stream_weights(id, model.config, trust_remote_code=trust_remote_code):
+        if name not in expected:
+            raise UserError(f"model.id: {str(id)!r} has a tensor that the model has not: {name}")
+        if tensor.shape != expected[name]:
+            raise UserError(
+                f"model.id: {name} of {str(id)!r} has shape {tuple(tensor.shape)}, the model "
+                f"needs {tuple(expected[name])}"
+            )
+        state[name] = tensor.to(device)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise UserError(
+            f"model.id: the checkpoint of {str(id)!r} lacks {missing[0]!r}"
+            + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
+        )
+    return model
+
+
+def _load_whole(source: str, dtype: torch.dtype, options: dict[str, Any]) -> torch.nn.Module:
+    if is_gguf(source):
+        return load_gguf_model(Path(source), dtype)
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
 
 
 def _unload(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -100,48 +150,61 @@ def _unload(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield state.popitem()
 
 
-def _safetensors_files(
-    source: str, config: PretrainedConfig, options: dict[str, Any]
-) -> list[Path] | None:
-    """Paths of the checkpoint's safetensors files, fetched from the hub where they are there."""
+def is_foreign(source: str) -> bool:
+    """Whether a folder holds weights, but none that transformers can find."""
+    folder = Path(source)
+    if not folder.is_dir() or any(
+        (folder / name).is_file()
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    ):
+        return False
+    return has_meta_files(folder) or bool(torchtune_files(folder))
+
+
+def _open(source: str, model: Any, options: dict[str, Any]) -> Checkpoint | None:
+    """A checkpoint in the layout that its files have, or None: from_pretrained may know."""
+    if is_gguf(source):
+        return open_gguf(Path(source), model)
+    config = model.config
+    if is_foreign(source):
+        return _open_foreign(Path(source), config)
     if getattr(config, "transformers_weights", None) or getattr(type(config), "extra_files", None):
-        return None  # files with other names: from_pretrained knows
+        return None  # files with other names
+    if files := _files(source, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, options):
+        return SafetensorsFiles(files)
+    files = _files(source, WEIGHTS_NAME, WEIGHTS_INDEX_NAME, options)
+    # Before torch 1.6 files were no archives, and cannot be mapped.
+    return TorchFiles(files) if files and all(map(zipfile.is_zipfile, files)) else None
+
+
+def _open_foreign(folder: Path, config: Any) -> Checkpoint:
+    """Meta's or torchtune's files; torchtune also writes Meta's and Hugging Face's names."""
+    if has_meta_files(folder):
+        return MetaLlama(folder, config)
+    files = TorchFiles(torchtune_files(folder))
+    if is_torchtune(files.names()):
+        return Torchtune(files, config, folder)
+    return files
+
+
+def _files(source: str, name: str, index_name: str, options: dict[str, Any]) -> list[Path]:
+    """Paths of a checkpoint of one kind, fetched from the hub where they are there."""
     folder = Path(source)
     if not folder.is_dir():
         where = {key: options[key] for key in ("revision", "local_files_only")}
-        wanted = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
-        folder = Path(snapshot_download(source, allow_patterns=wanted, **where))
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return [folder / SAFE_WEIGHTS_NAME]
-    if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        return None
-    index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())
+        folder = Path(snapshot_download(source, allow_patterns=[name, index_name], **where))
+    if (folder / name).is_file():
+        return [folder / name]
+    if not (folder / index_name).is_file():
+        return []
+    index = json.loads((folder / index_name).read_text())
     names = sorted(set(index["weight_map"].values()))
     if not Path(source).is_dir():
         folder = Path(snapshot_download(source, allow_patterns=names, **where))
     return [folder / name for name in names]
 
 
-class _Checkpoint:
-    """Safetensors files, open.
-
-    They are read with `pread`: a mapped file would stay in memory as far as it was read.
-    """
-
-    def __init__(self, files: list[Path]) -> None:
-        self.open = ExitStack()
-        self.file_of: dict[str, Any] = {}
-        for path in files:
-            file = self.open.enter_context(safe_open(path, framework="pt", backend="pread"))
-            self.file_of |= dict.fromkeys(file.keys(), file)
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor by the checkpoint's name; cast to `dtype` if it is floating."""
-        tensor = self.file_of[name].get_tensor(name)
-        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-def _plan(checkpoint: _Checkpoint, model: Any) -> tuple[dict[str, Any], list[str]]:
+def _plan(checkpoint: Checkpoint, model: Any) -> tuple[dict[str, Any], list[str]]:
     """What makes each of the model's tensors, by name, and what the model has no use for.
 
     A plan's values are a WeightRenaming or a WeightConverter of transformers with functions that
@@ -156,7 +219,7 @@ def _plan(checkpoint: _Checkpoint, model: Any) -> tuple[dict[str, Any], list[str
     plan: dict[str, Any] = {}
     unexpected: dict[str, str] = {}
     # The order counts: parts of a converter are stacked in it, and some renamings rely on it.
-    for source in sorted(checkpoint.file_of, key=dot_natural_key):
+    for source in sorted(checkpoint.names(), key=dot_natural_key):
         prefix = model.base_model_prefix
         name, pattern = rename_source_key(source, renamings, converters, prefix, expected)
         if name not in expected and source in expected:
@@ -181,12 +244,12 @@ def _not_ignored(unexpected: dict[str, str], model: Any) -> list[str]:
 
 def _stream(
     id: str | Path,
-    checkpoint: _Checkpoint,
+    checkpoint: Checkpoint,
     plan: dict[str, Any],
     unexpected: list[str],
     model: Any,
 ) -> Iterator[tuple[str, Tensor]]:
-    with as_user_error(id), checkpoint.open:
+    with as_user_error(id), closing(checkpoint):
         for first_name, transform in plan.items():
             values = transform.convert(first_name, model=model, config=model.config)
             while values:

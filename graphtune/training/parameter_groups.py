@@ -47,7 +47,8 @@ def parameter_groups(
         key: the config key that errors name.
 
     Returns:
-        One mapping for each group that has parameters, with `params` and what differs.
+        One mapping for each group that has parameters, with `params`, pairs of name and
+        parameter, and what differs.
 
     Raises:
         UserError: a pattern matches no parameter that trains.
@@ -57,10 +58,10 @@ def parameter_groups(
     made = []
     for index, group in enumerate(groups):
         chosen = match(names, group.parameters, key=f"{key}[{index}].parameters")
-        own = [left.pop(name) for name in chosen if name in left]
+        own = [(name, left.pop(name)) for name in chosen if name in left]
         if own:
             made.append({"params": own, **_options(group, lr)})
-    return [*made, {"params": list(left.values())}] if left else made
+    return [*made, {"params": list(left.items())}] if left else made
 
 
 def _options(group: ParameterGroup, lr: float) -> Mapping[str, float]:

@@ -16,26 +16,29 @@ class Run:
     """The folder of one run.
 
     `config.yaml` is the resolved config, `metrics.jsonl` one line for each logged step,
-    `loss.png` the loss curve, `summary.json` results and timings, `adapter/` the adapter in
-    PEFT's layout, or `model/` the weights in Hugging Face's if all of them were trained.
+    `loss.png` the loss curve, `summary.json` results and timings, `checkpoints/` what the run can
+    go on from, `adapter/` the adapter in PEFT's layout, or `model/` the weights in Hugging Face's
+    if all of them were trained.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     @classmethod
-    def create(cls, folder: str | Path, config: str) -> Run:
-        """Start a run.
+    def create(cls, folder: str | Path, config: str, *, resume: bool = False) -> Run:
+        """Start a run, or go on with the one that lies there.
 
         Args:
             folder: made if missing.
             config: the resolved config, as YAML.
+            resume: the folder may hold a run already.
 
         Raises:
             UserError: the folder holds files already.
         """
         run = cls(folder)
-        run.refuse_used()
+        if not resume:
+            run.refuse_used()
         run.folder.mkdir(parents=True, exist_ok=True)
         run.write(CONFIG, config)
         return run
@@ -44,8 +47,14 @@ class Run:
         """Raise UserError if the folder cannot take a new run; nothing is written."""
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(
-                f"`output_dir={self.folder}` holds another run already; choose a new folder"
+                f"`output_dir={self.folder}` holds another run already; choose a new folder, or go "
+                "on with that run: `resume=auto`"
             )
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after a step, when a run goes on from there."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        self.write(self.metrics_file.name, "".join(json.dumps(line) + "\n" for line in kept))
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
@@ -72,6 +81,10 @@ class Run:
     @property
     def model_dir(self) -> Path:
         return self.folder / "model"
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.folder / "checkpoints"
 
     @property
     def trained_file(self) -> Path:
@@ -105,13 +118,14 @@ class Run:
         """The lines logged so far."""
         if not self.metrics_file.is_file():
             return []
-        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]  # the last one ended, or was cut off
 
     def plot_loss(self) -> None:
         """Draw the logged loss over the steps to `loss.png`."""
         from matplotlib.figure import Figure  # slow to import, used once in a run
 
-        lines = self.metrics()
+        lines = [line for line in self.metrics() if "loss" in line]
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
         axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], lw=1.2)

@@ -3,8 +3,9 @@
 import collections
 import datetime
 import fractions
+import functools
 import sys
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import pytest
 from omegaconf import OmegaConf
@@ -33,6 +34,26 @@ def strict(source: str, limit: int = 10) -> tuple[str, int]:
 def failing(source: str) -> None:
     raise UserError(f"source {source!r} is empty")
 
+
+class Options(TypedDict, total=False):
+    max_length: int
+    split: str
+
+
+class MoreOptions(Options, total=False):
+    template: str
+
+
+def with_options(source: str, **options: Unpack[MoreOptions]) -> Any:
+    return source, options
+
+
+class WithOptions:
+    def __init__(self, **options: Unpack[Options]) -> None:
+        self.options = options
+
+
+partly = functools.partial(with_options, source="given", split="test")
 
 not_callable = 3
 
@@ -159,3 +180,18 @@ def test_check_finds_errors_without_calling() -> None:
     with pytest.raises(UserError, match="`data.inner.limt`"):
         inner = {"_component_": "things.strict", "limt": 1}
         Component("things.Recorder", {"inner": inner}, "data").check()
+
+
+@pytest.mark.parametrize("name", ["with_options", "WithOptions", "partly"])
+def test_unpacked_options_are_parameters(name: str) -> None:
+    known = Component(f"things.{name}", {"max_length": 3, "split": "train"}, "data")
+    known.check()
+    with pytest.raises(UserError, match=r"`data.max_lenght`: .*did you mean `max_length`\?"):
+        Component(f"things.{name}", {"max_lenght": 3}, "data").check()
+
+
+def test_options_of_options_and_of_partials_are_given_on() -> None:
+    node = {"_component_": "things.partly", "template": "chatml", "split": "train"}
+    assert instantiate(node) == ("given", {"template": "chatml", "split": "train"})
+    with pytest.raises(UserError, match="did you mean `template`"):
+        instantiate({"_component_": "things.partly", "templat": "chatml"})

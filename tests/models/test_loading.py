@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -11,10 +12,20 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+import graphtune as gt
 from graphtune.errors import UserError
 from graphtune.models import load_config, load_model, load_tokenizer
-from graphtune.models.loading import resolve_dtype
+from graphtune.models.dtypes import fast_dtype, resolve_dtype
+from graphtune.models.transformer import Transformer
 from tests.oracles.models import assert_same_tensors, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """What the CPU can do: nothing of bfloat16, whatever machine this is."""
+    capabilities = {"avx512_bf16": True, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    return capabilities
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +63,7 @@ def test_a_folder_loads_ready_for_capture(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("auto", torch.float32),  # half precision is slow on a CPU
+        ("auto", torch.float32),  # the checkpoint is bfloat16, which is slow here
         ("bf16", torch.bfloat16),
         ("bfloat16", torch.bfloat16),
         ("fp32", torch.float32),
@@ -80,6 +91,32 @@ def test_the_dtype_that_a_later_device_wants() -> None:
     assert resolve_dtype("bf16", "cpu") == torch.bfloat16
     with pytest.raises(UserError, match="model.dtype"):
         resolve_dtype("bf17", "cpu")
+
+
+def test_auto_is_bfloat16_where_a_processor_multiplies_tiles(
+    folder: Path, processor: dict[str, bool]
+) -> None:
+    processor["amx_bf16"] = True
+    assert resolve_dtype("auto", "cpu") == torch.bfloat16
+    assert {p.dtype for p in load_model(folder).parameters()} == {torch.bfloat16}
+    processor.clear()  # another architecture has other names
+    assert resolve_dtype("auto", "cpu") == torch.float32
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_auto_on_accelerators_is_what_is_known_of_them(
+    can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def known(including_emulation: bool) -> bool:
+        return including_emulation or can
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", known)
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", known)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: can)
+    expected = torch.bfloat16 if can else torch.float32  # float16 never
+    for name in ("cuda:0", "xpu", "mps"):
+        assert fast_dtype(torch.device(name)) == expected
 
 
 def test_without_weights_constants_are_kept_aside(tmp_path: Path) -> None:
@@ -114,6 +151,42 @@ def test_attention_is_eager_where_the_class_has_no_other(tmp_path: Path) -> None
             assert model.config._attn_implementation == expected
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_attention_is_what_was_asked_for(folder: Path, device: str) -> None:
+    for asked, expected in ((None, "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")):
+        model = load_model(folder, device=device, attn_implementation=asked)
+        assert model.config._attn_implementation == expected
+    ours = load_model(folder, device=device, implementation="graphtune", attn_implementation="sdpa")
+    assert isinstance(ours, Transformer)
+    theirs = load_model(folder, device=device, implementation="auto", attn_implementation="eager")
+    assert not isinstance(theirs, Transformer)
+
+
+def test_eager_attention_reaches_the_graph(folder: Path) -> None:
+    def operators(attention: str) -> set[str]:
+        model = load_model(folder, dtype="fp32", device="meta", attn_implementation=attention)
+        return {str(node.target) for node in gt.capture(model).graph.nodes}
+
+    sdpa = "aten.scaled_dot_product_attention.default"
+    assert sdpa in operators("sdpa") and "aten.softmax.int" not in operators("sdpa")
+    assert sdpa not in operators("eager") and "aten.softmax.int" in operators("eager")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_attention_that_cannot_be_is_refused(folder: Path, device: str, tmp_path: Path) -> None:
+    def message(path: Path, **options: object) -> str:
+        with pytest.raises(UserError, match="^model.attn_implementation: ") as info:
+            load_model(path, device=device, **options)
+        return str(info.value)
+
+    tiny_model("gemma2").save_pretrained(tmp_path)
+    flash = message(folder, attn_implementation="flash_attention_2")
+    assert "'flash_attention_2'" in flash and "use 'sdpa' or 'eager'" in flash
+    assert "use 'eager'" in message(tmp_path, attn_implementation="sdpa")
+    ours = message(folder, implementation="graphtune", attn_implementation="eager")
+    assert "'eager'" in ours and "'transformers'" in ours
+
+
 def test_experts_are_grouped_matrix_products(tmp_path: Path) -> None:
     tiny_model("mixtral").save_pretrained(tmp_path)
     for device in ("cpu", "meta"):
@@ -141,7 +214,7 @@ def test_a_tokenizer_without_padding_gets_one_that_is_in_the_vocabulary(folder: 
 def test_a_missing_path_is_refused_without_asking_the_hub(
     load: Callable[[str], object], id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graphtune.models.loading.HfApi", None)  # calling it would fail
+    monkeypatch.setattr("graphtune.models.sources.HfApi", None)  # calling it would fail
     with pytest.raises(UserError, match="^model.id: ") as info:
         load(id)
     assert repr(id) in str(info.value) and "\n" not in str(info.value)

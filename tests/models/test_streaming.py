@@ -5,19 +5,17 @@ import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import gguf
 import psutil
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     Ernie4_5_MoeConfig,
     LlamaConfig,
     MixtralConfig,
-    PreTrainedModel,
     Qwen3MoeConfig,
 )
 
@@ -153,46 +151,30 @@ def test_the_dtype_is_the_configs_unless_given(tmp_path: Path) -> None:
     assert config.dtype == torch.float32  # the caller's own
 
 
-def test_torch_checkpoints_are_loaded_whole(tmp_path: Path) -> None:
+def test_torch_checkpoints_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("mixtral")
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    _without_weights(tmp_path, model)
+    names = sorted(state)
+    files = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        torch.save({name: state[name] for name in names if files[name] == file}, tmp_path / file)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    monkeypatch.setattr("graphtune.models.streaming._load_whole", None)
+    found = stream(tmp_path, dtype=torch.float32)
+    assert_same_tensors(found, state)
+    for tensor in found.values():
+        tensor.zero_()
+    assert_same_tensors(stream(tmp_path, dtype=torch.float32), state)
+
+
+def test_torch_checkpoints_of_the_old_format_are_loaded_whole(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    model.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    found = stream(tmp_path)
-    assert_same_tensors(found, model.state_dict())
-
-
-def test_gguf_files_are_loaded_whole(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    _write_gguf(path)
-    expected = load_model(path, dtype="fp32").state_dict()
-    assert_same_tensors(stream(path, dtype=torch.float32), expected)
-
-
-def _write_gguf(path: Path) -> None:
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(16)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(24)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(8)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([chr(97 + i) for i in range(8)])
-    writer.add_token_merges([])
-    shapes = {"token_embd": (8, 16), "output_norm": (16,)}
-    shapes |= {f"blk.0.{name}": (16, 16) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
-    shapes |= {f"blk.0.{name}": (24, 16) for name in ("ffn_gate", "ffn_up")}
-    shapes |= {"blk.0.ffn_down": (16, 24), "blk.0.attn_norm": (16,), "blk.0.ffn_norm": (16,)}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    _without_weights(tmp_path, model)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(model.state_dict(), file, _use_new_zipfile_serialization=False)
+    assert_same_tensors(stream(tmp_path), dict(model.state_dict()))
 
 
 def test_only_the_checkpoints_own_files_are_fetched(tmp_path: Path, monkeypatch) -> None:
@@ -208,7 +190,7 @@ def test_only_the_checkpoints_own_files_are_fetched(tmp_path: Path, monkeypatch)
         return str(tmp_path)
 
     monkeypatch.setattr("graphtune.models.streaming.snapshot_download", snapshot)
-    monkeypatch.setattr("graphtune.models.loading._hub_has", lambda id, revision: True)
+    monkeypatch.setattr("graphtune.models.sources._hub_has", lambda id, revision: True)
     found = dict(stream_weights("owner/name", load_config(tmp_path), revision="v1"))
     assert_same_tensors(found, stream(tmp_path))
     assert asked == [["model.safetensors", "model.safetensors.index.json"], shards]
@@ -238,11 +220,9 @@ def test_memory_holds_about_one_tensor(tmp_path: Path) -> None:
     assert highest < 0.4 * size
 
 
-def _without_weights(folder: Path) -> PreTrainedModel:
-    model = tiny_model("llama")
-    model.save_pretrained(folder)
+def _without_weights(folder: Path, model: nn.Module | None = None) -> None:
+    (model or tiny_model("llama")).save_pretrained(folder)
     (folder / "model.safetensors").unlink()
-    return model
 
 
 def test_missing_weights_are_refused_when_called(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def config(tmp_path, model_folder):
         "dataset": {"_component_": "graphtune.data.instruct", "source": str(data)},
         "dataset_val": {"_component_": "graphtune.data.instruct", "source": str(data)},
         "retention": {"_component_": "graphtune.data.pydoc_topics", "limit": 2},
-        "loader": {"batch_size": 2, "length": 64, "packed": True},
+        "loader": {"batch_size": 2, "length": 64, "mode": "packed"},
         "optimizer": {"lr": 1e-2},
         "lr_scheduler": {"warmup_steps": 1},
         "max_steps": 8,

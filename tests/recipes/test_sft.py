@@ -91,7 +91,7 @@ def test_full_fine_tuning_saves_the_model(config, write, tmp_path, model_folder)
 
 def test_accumulation_and_unpacked_rows(config, write, tmp_path):
     config |= {"gradient_accumulation_steps": 2, "max_steps": None, "epochs": 2}
-    config["loader"] = {"batch_size": 3, "length": 64, "packed": False}
+    config["loader"] = {"batch_size": 3, "length": 64, "mode": "padded"}
     assert graphtune("train", write(config)) == 0
     steps = lines(tmp_path / "run" / "metrics.jsonl")
     assert len(steps) == 2 * (24 // 3 // 2)
@@ -111,11 +111,11 @@ def test_interrupt_saves_the_adapter(config, write, tmp_path, monkeypatch):
     calls = []
     real = TrainStep.__call__
 
-    def interrupted(self, batch):
+    def interrupted(self, batch, **options):
         calls.append(batch)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(self, batch)
+        return real(self, batch, **options)
 
     monkeypatch.setattr(TrainStep, "__call__", interrupted)
     assert graphtune("train", write(config)) == 130

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import graphtune as gt
-from graphtune.data import batches
+from graphtune.data import Batching, Loader
 from graphtune.training.evaluate import evaluate_loss
 from tests.oracles.models import random_ids, tiny_gpt2, tiny_model
 
@@ -14,8 +14,8 @@ def examples():
     return [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for ids in rows]
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_mean_over_all_labelled_tokens(packed):
+@pytest.mark.parametrize("mode", ["packed", "padded"])
+def test_mean_over_all_labelled_tokens(mode):
     model = tiny_model("llama").eval()
     loss, tokens = 0.0, 0
     for row in examples():
@@ -25,13 +25,13 @@ def test_mean_over_all_labelled_tokens(packed):
             loss += model(input_ids=ids, labels=labels).loss.item() * labelled
         tokens += labelled
     found = evaluate_loss(
-        gt.capture(model), batches(examples(), batch_size=2, length=16, packed=packed)
+        gt.capture(model), Loader(examples(), Batching(mode, batch_size=2, length=16))
     )
     assert found == pytest.approx(loss / tokens, rel=1e-5)
 
 
 def test_dropout_is_off_and_the_mode_restored():
     program = gt.capture(tiny_gpt2(dropout=0.5))
-    data = list(batches(examples(), batch_size=2, length=16))
+    data = list(Loader(examples(), Batching("padded", batch_size=2, length=16)))
     assert evaluate_loss(program, data) == evaluate_loss(program, data)
     assert program.training

@@ -47,7 +47,7 @@ def test_first_group_decides_and_the_rest_comes_last():
         [],
     ]
     assert groups[1]["lr"] == pytest.approx(0.05)
-    assert all(parameter.dim() == 1 for parameter in groups[0]["params"])
+    assert all(parameter.dim() == 1 for _, parameter in groups[0]["params"])
     counts = [len(group["params"]) for group in groups]
     assert sum(counts) == len(list(model.parameters()))
 

@@ -1,0 +1,149 @@
+"""How much memory a training step takes, found by running it on tensors that have none."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from graphtune.losses import cross_entropy
+from graphtune.quantization import recompute_in_backward
+from graphtune.torch_private import TensorMode, fake_tensors
+
+if TYPE_CHECKING:
+    from graphtune.program import Program
+
+MakeOptimizer = Callable[[list[nn.Parameter]], Any]
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a training step holds when it holds the most.
+
+    Attributes:
+        parameters: of the model and of adapters, and its buffers (quantized weights are such).
+        gradients: of what trains, while the optimizer steps.
+        optimizer: its state.
+        activations: the rest of the peak: what is kept for the backward pass, and what operators
+            make and let go of.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        rows = {
+            name: getattr(self, name)
+            for name in ("parameters", "gradients", "optimizer", "activations", "total")
+        }
+        return "\n".join(f"{name:<12}{size / 2**20:>12,.1f} MiB" for name, size in rows.items())
+
+
+def estimate(
+    program: Program, batch: int, seq: int, *, optimizer: MakeOptimizer | None = None
+) -> MemoryEstimate:
+    """The peak of forward, loss, backward and optimizer step on a batch of this shape.
+
+    Every operator runs on shape-only tensors, as it would without a compiler, and each storage is
+    counted from when it is made until the last that needs it is gone. A compiled step fuses
+    operators and so takes less for activations: for it this is a bound from above. The
+    allocator's own slack, and what is not a tensor, are not counted.
+
+    Args:
+        program: on any device, also `meta`; nothing of it is changed or read.
+        batch, seq: rows, and tokens per row.
+        optimizer: called with the list of parameters that train; by default AdamW.
+    """
+    make = optimizer or (lambda parameters: torch.optim.AdamW(parameters))
+    with fake_tensors():
+        tensors: dict[str, Tensor] = {
+            name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+            for name, p in program.named_parameters()
+        }
+        tensors |= {n: torch.empty(b.shape, dtype=b.dtype) for n, b in program.named_buffers()}
+        trainable = [t for t in tensors.values() if isinstance(t, nn.Parameter) and t.requires_grad]
+        inputs = _inputs(batch, seq)
+        with _Live() as live:
+            live.count(tensors.values())
+            parameters = live.now
+            stepper = make(trainable)
+            _optimize(stepper, trainable)  # its state is made by its first step
+            gc.collect()
+            state = live.now - parameters
+            gradients = _bytes(trainable)
+            live.peak = live.now
+            _backward(program, tensors, inputs)
+            gc.collect()
+            stepper.step()
+    return MemoryEstimate(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=state,
+        activations=live.peak - parameters - gradients - state,
+    )
+
+
+def _inputs(batch: int, seq: int) -> Sequence[Tensor]:
+    ids = torch.zeros(batch, seq, dtype=torch.int64)
+    mask = torch.ones(batch, 1, seq, seq, dtype=torch.bool)
+    return ids, mask, torch.zeros(batch, seq, dtype=torch.int64)
+
+
+def _optimize(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _backward(program: Program, tensors: dict[str, Tensor], inputs: Sequence[Tensor]) -> None:
+    with recompute_in_backward():  # as the step does where nothing is compiled
+        logits = torch.func.functional_call(program.graph_module, tensors, tuple(inputs))
+        loss = cross_entropy(logits, inputs[0]) / inputs[0].numel()
+        del logits
+    loss.backward()
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class _Live(TensorMode):
+    """Counts the bytes of all storages that operators made and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        self.count(x for x in tree_leaves(result) if isinstance(x, Tensor))
+        return result
+
+    def count(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._alive:
+                self._alive.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, key, storage.nbytes())
+
+    def _gone(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size

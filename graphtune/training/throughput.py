@@ -1,0 +1,94 @@
+"""How much of a device's arithmetic a run uses."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from graphtune.data import Batch, count_tokens
+from graphtune.program import Program
+from graphtune.sites import find_sites
+from graphtune.training.device import peak_memory
+
+# Dense bfloat16 matrix products, in FLOP/s, by a part of the device's name (vendors' data sheets).
+_PEAK = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+}
+
+
+def flops_per_token(program: Program) -> int:
+    """What the matrix products with weights cost, in FLOP per token of a training step.
+
+    Two for each weight of a linear in the forward pass, two for the gradient of its input, and
+    two for its own gradient where it trains. Attention itself, whose cost depends on the length,
+    and experts, of which a token sees a few, are not counted.
+    """
+    parameters = program.all_parameters()
+    total = 0
+    for site in find_sites(program.graph):
+        if site.kind == "linear":
+            size = math.prod(site.stored_shape)
+            weight = parameters.get(site.parameter)
+            total += size * (6 if weight is not None and weight.requires_grad else 4)
+    return total
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that a device can do at best, where that is known; None elsewhere."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK.items() if part in name), None)
+
+
+class Meter:
+    """Measures steps: how fast they are, and with how much memory.
+
+    Args:
+        program: what takes them.
+        counters: to which `tokens` that are not padding and `seconds` are added.
+        device: whose memory is told.
+    """
+
+    def __init__(self, program: Program, counters: dict[str, Any], device: torch.device) -> None:
+        self.counters = counters
+        self.device = device
+        self.flops = flops_per_token(program)
+        self.peak = peak_flops(device, next(program.parameters()).dtype)
+
+    @contextmanager
+    def timing(self, group: Sequence[Batch]) -> Iterator[dict[str, float]]:
+        """Within it a step is taken on `group`; afterwards the mapping holds its figures."""
+        figures: dict[str, float] = {}
+        start = time.perf_counter()
+        yield figures
+        seconds = time.perf_counter() - start
+        tokens = sum(count_tokens(one) for one in group)
+        labelled = sum(int((one["labels"] >= 0).sum()) for one in group)
+        slots = sum(one["input_ids"].numel() for one in group)
+        self.counters["tokens"] = self.counters.get("tokens", 0) + tokens
+        self.counters["seconds"] = self.counters.get("seconds", 0.0) + seconds
+        figures |= {
+            "tokens_per_s": tokens / seconds,
+            "labelled_tokens_per_s": labelled / seconds,
+            "padding": 1 - tokens / slots,
+            "tflops": self.flops * slots / seconds / 1e12,
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+        if self.peak is not None:
+            figures["mfu"] = figures["tflops"] * 1e12 / self.peak
