@@ -6,52 +6,21 @@ To add one see docs/models.md.
 from __future__ import annotations
 
 import copy
+import pkgutil
 import re
+from importlib import import_module
 
 from transformers import PretrainedConfig
 
 from graphtune.errors import UserError
-from graphtune.models.families import (
-    gemma,
-    gemma2,
-    gemma3,
-    granite,
-    llama,
-    mistral,
-    mixtral,
-    phi3,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-    smollm2,
-    smollm3,
-    starcoder2,
-)
 from graphtune.models.families.family import Family, Size
 from graphtune.models.transformer import DecoderOptions, Transformer
 
 __all__ = ["FAMILIES", "Family", "Size", "build_model", "published_config", "read_options"]
 
+_modules = [import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
 FAMILIES: tuple[Family, ...] = tuple(
-    module.FAMILY
-    for module in (
-        gemma,
-        gemma2,
-        gemma3,
-        granite,
-        llama,
-        mistral,
-        mixtral,
-        phi3,
-        qwen2,
-        qwen2_moe,
-        qwen3,
-        qwen3_moe,
-        smollm2,
-        smollm3,
-        starcoder2,
-    )
+    module.FAMILY for module in _modules if hasattr(module, "FAMILY")
 )
 _BY_TYPE = {family.model_type: family for family in FAMILIES}  # those of one type read alike
 

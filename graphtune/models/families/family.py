@@ -24,6 +24,20 @@ class Size(NamedTuple):
     shapes: Mapping[str, Any]
 
 
+def shapes(
+    vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: Any
+) -> dict[str, Any]:
+    """What most configs say of shapes; `more` is what is not a Llama's."""
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    } | more
+
+
 @dataclass(frozen=True)
 class Family:
     """A model family.

@@ -1,11 +1,9 @@
 """Mixtral: Mistral with experts in every layer."""
 
-from typing import Any
-
 from transformers import PretrainedConfig
 
 from graphtune.models.families import reading
-from graphtune.models.families.family import Family, Size
+from graphtune.models.families.family import Family, Size, shapes
 from graphtune.models.moe import MoeOptions
 from graphtune.models.transformer import DecoderOptions, LayerOptions
 
@@ -21,23 +19,15 @@ def read(config: PretrainedConfig) -> DecoderOptions:
     return reading.decoder(config, [layer] * config.num_hidden_layers)
 
 
-def _shapes(vocab: int, hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
-    return {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "num_local_experts": 8,
-    }
-
-
 FAMILY = Family(
     "mixtral",
     read,
     {
-        "mistralai/Mixtral-8x7B-v0.1": Size(46_702_792_704, _shapes(32000, 4096, 14336, 32, 32)),
-        "mistralai/Mixtral-8x22B-v0.1": Size(140_620_634_112, _shapes(32000, 6144, 16384, 56, 48)),
+        "mistralai/Mixtral-8x7B-v0.1": Size(
+            46_702_792_704, shapes(32000, 4096, 14336, 32, 32, 8, num_local_experts=8)
+        ),
+        "mistralai/Mixtral-8x22B-v0.1": Size(
+            140_620_634_112, shapes(32000, 6144, 16384, 56, 48, 8, num_local_experts=8)
+        ),
     },
 )
