@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import nn
 
-from graphtune.models.pypi import cache_dir
+from graphtune.cache import cache_dir
 from graphtune.program import Program
 from graphtune.serialize import load_program, save_program
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from graphtune.data import ConversationEncoder
 from graphtune.errors import UserError
 from graphtune.program import Program
 
@@ -26,10 +27,24 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | N
 
 
 def stop_ids(program: Program, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end an answer: the tokenizer's end of sequence, and what the config adds."""
+    """Ids that end an answer: the tokenizer's end of sequence, what the config adds, and what
+    the chat template writes after the assistant's words (Llama 3's `<|eot_id|>`, say)."""
     configured = getattr(program.config, "eos_token_id", None)
     configured = configured if isinstance(configured, list) else [configured]
-    return {i for i in (tokenizer.eos_token_id, *configured) if i is not None}
+    ends = {i for i in (tokenizer.eos_token_id, *configured) if i is not None}
+    return ends | _end_of_turn(tokenizer)
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special token that ends a turn; none without a template, or if a turn ends in text."""
+    if not tokenizer.chat_template:
+        return set()
+    try:
+        written = ConversationEncoder(tokenizer).renderer.end_of_turn
+    except UserError:  # a template that takes other conversations than a question and an answer
+        return set()
+    ids = tokenizer.encode(written.rstrip(), add_special_tokens=False)
+    return {i for i in ids[-1:] if i in tokenizer.added_tokens_decoder}
 
 
 @torch.no_grad()

@@ -33,12 +33,11 @@ from graphtune.data.conversations import ConversationEncoder
 from graphtune.data.dataset import IGNORE_INDEX, Dataset, Example
 from graphtune.data.encoding import encode_rows
 from graphtune.data.images import open_image
-from graphtune.data.library_docs import docstrings
+from graphtune.data.library_docs import docstrings, pydoc_topics
 from graphtune.data.loader import Loader
 from graphtune.data.messages import Conversation, Message
 from graphtune.data.mixture import mix
 from graphtune.data.packing import Pack, pack
-from graphtune.data.prose import pydoc_topics
 from graphtune.data.rows import RowOptions, Rows, read_rows
 from graphtune.data.streaming import StreamingDataset
 from graphtune.data.vision import VisionEncoder

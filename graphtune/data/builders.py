@@ -16,11 +16,10 @@ from typing import Any, Literal, Unpack, cast
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from graphtune.data import formats, row_encoders
-from graphtune.data.conversations import ConversationEncoder, Tools, TrainOn
+from graphtune.data.conversations import ConversationEncoder, Tools, TrainOn, tokenizer_key
 from graphtune.data.dataset import Dataset, Truncate
 from graphtune.data.encoding import encode_rows
 from graphtune.data.messages import Message
-from graphtune.data.pieces import in_pieces
 from graphtune.data.rows import Row, RowOptions, Source, close_match, read_rows
 from graphtune.data.streaming import StreamingDataset
 from graphtune.data.templates import Template
@@ -184,12 +183,12 @@ def text(
     encode = partial(
         row_encoders.text, tokenizer, column, tokenizer.eos_token_id if add_eos else None
     )
-    parts = [_tokenizer_key(tokenizer), "text", column, add_eos]
+    parts = [tokenizer_key(tokenizer), "text", column, add_eos]
     if overflow == "cut":
         return _encode(source, encode, parts, options)
     length = options.get("max_length")
     whole = _encode(source, encode, parts, {**options, "max_length": None})
-    return in_pieces(whole, length)
+    return whole if length is None else whole.in_pieces(length)
 
 
 def preference(
@@ -289,7 +288,7 @@ def stepwise(
         labels_column=labels_column,
     )
     encode = partial(row_encoders.steps, tokenizer, convert, end, last_step_only)
-    parts = [_tokenizer_key(tokenizer), *_describe(convert), separator, last_step_only]
+    parts = [tokenizer_key(tokenizer), *_describe(convert), separator, last_step_only]
     return _encode(source, encode, parts, options)
 
 
@@ -378,9 +377,3 @@ def _describe(convert: Callable[..., Any]) -> list[Any]:
     """A format and its arguments, for the key of a cache."""
     assert isinstance(convert, partial)
     return [convert.func.__name__, sorted(convert.keywords.items())]
-
-
-def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    return repr([vocabulary, sorted(tokenizer.special_tokens_map.items())])

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
 
 from graphtune.data.dataset import IGNORE_INDEX, Example
-from graphtune.data.messages import BadRow, Conversation, Message
+from graphtune.data.fields import BadRow
+from graphtune.data.messages import Conversation, Message
 from graphtune.data.rendering import ChatRenderer, Span, Turns
 from graphtune.data.templates import Template, chat_template
 from graphtune.errors import UserError
@@ -104,20 +105,9 @@ class ConversationEncoder:
     @cached_property
     def key(self) -> str:
         """Names all that decides the output, for caches: hexadecimal, 32 characters."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        parts = [
-            str(_VERSION),
-            backend.to_str() if backend else repr(sorted(self.tokenizer.get_vocab().items())),
-            repr(sorted(self.tokenizer.special_tokens_map.items())),
-            self.template,
-            self.train_on,
-            json.dumps(self.tools, sort_keys=True),
-        ]
-        digest = hashlib.sha256()
-        for part in parts:
-            content = part.encode()
-            digest.update(len(content).to_bytes(8, "big") + content)
-        return digest.hexdigest()[:32]
+        tokenizer = tokenizer_key(self.tokenizer)
+        parts = [_VERSION, tokenizer, self.template, self.train_on, self.tools]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def _learned_turns(
         self, messages: Conversation, tools: Tools | None
@@ -267,6 +257,16 @@ class ConversationEncoder:
         if any(weight not in (0, 1) for weight in scale):
             example["weights"] = scale
         return example
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Names all that decides what a tokenizer makes of a text: hexadecimal, 32 characters."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        backend.to_str() if backend else sorted(tokenizer.get_vocab().items()),
+        sorted(tokenizer.special_tokens_map.items()),
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def _is_clean(starts: list[int], ends: list[int], edge: int) -> bool:

@@ -104,6 +104,12 @@ def check_max_length(max_length: int | None) -> None:
         raise UserError(f"dataset.max_length: {max_length} is too short; use 2 or more")
 
 
+def check_piece_length(length: int) -> None:
+    """Raises UserError if cuts cannot leave two or more tokens on either side."""
+    if length < 4:
+        raise UserError(f"dataset.max_length: {length} is too short to split; use 4 or more")
+
+
 class Dataset(Sequence[Example]):
     """Examples by number, and how many were changed or left out.
 
@@ -217,12 +223,27 @@ class Dataset(Sequence[Example]):
         chosen = chosen if self._indices is None else self._indices[chosen]
         return Dataset(self._parts, chosen, dropped=self.dropped, skipped=self.skipped)
 
+    def in_pieces(self, length: int) -> Dataset:
+        """Every example cut into consecutive pieces of `length` tokens, the last one shorter.
+
+        As no piece may consist of a single token, which has nothing to predict, the last cut
+        comes a token earlier where one would be left. The first token of a piece is not
+        predicted. Nothing is copied; examples must be whole, without weights or images.
+
+        Raises:
+            UserError: `length` is less than 4.
+        """
+        check_piece_length(length)
+        assert self._indices is None
+        parts = [part.in_pieces(length) for part in self._parts]
+        return Dataset(parts, dropped=self.dropped, skipped=self.skipped)
+
     @classmethod
     def concatenate(cls, datasets: Sequence[Dataset]) -> Dataset:
         """One data set after the other, without a copy.
 
         Raises:
-            UserError: their examples have of different kinds.
+            UserError: their examples are of different kinds.
         """
         kinds = [list(batch.ids) for dataset in datasets for batch in dataset._batches[:1]]
         if any(kind != kinds[0] for kind in kinds):

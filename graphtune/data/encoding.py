@@ -20,7 +20,7 @@ import torch
 
 from graphtune.data.dataset import Dataset, Truncate, check_max_length, fit_all, nothing_left
 from graphtune.data.example_cache import Counts, Write, cache_file, in_memory, recall_or_keep
-from graphtune.data.messages import BadRow
+from graphtune.data.fields import BadRow
 from graphtune.data.rows import Rows
 from graphtune.data.streaming import RowStream
 from graphtune.data.table import to_batch
@@ -93,7 +93,7 @@ def encode_rows(
 class _Encoded(NamedTuple):
     batch: pa.RecordBatch | None
     dropped: int
-    bad: list[tuple[int, str]]  # row, and what is wrong with it
+    bad: list[tuple[int, BadRow]]  # with their rows
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,12 @@ class _Job:
 
     def chunk(self, numbers: range) -> _Encoded:
         """Encode these rows; a bad one is the last, unless bad ones are skipped."""
-        bad: list[tuple[int, str]] = []
+        bad: list[tuple[int, BadRow]] = []
         kept, dropped = fit_all(self._examples(numbers, bad), self.max_length, self.truncate)
         return _Encoded(to_batch(kept) if kept else None, dropped, bad)
 
     def _examples(
-        self, numbers: range, bad: list[tuple[int, str]]
+        self, numbers: range, bad: list[tuple[int, BadRow]]
     ) -> Iterator[tuple[int, Mapping[str, Any]]]:
         data = self.data
         rows: Iterable[Mapping[str, Any]] = (
@@ -132,7 +132,7 @@ class _Job:
             try:
                 example = self.encode(row)
             except BadRow as error:
-                bad.append((number, str(error)))
+                bad.append((number, error))
                 if self.rows.on_bad_row == "error":
                     return
             except UserError as error:
@@ -148,7 +148,7 @@ def _encode_all(job: _Job, workers: int | None, write: Write) -> Counts:
     for encoded in _map(job, _count_workers(workers, len(job.data), job)):
         for row, problem in encoded.bad:
             if job.rows.on_bad_row == "error":
-                raise UserError(f"{job.rows.place(row)}: {problem}")
+                raise UserError(f"{job.rows.place(row)}: {problem}") from problem
             if len(counts.problems) < _NAMED:
                 counts.problems.append(f"{job.rows.place(row)}: {problem}")
         counts.skipped += len(encoded.bad)

@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 from filelock import FileLock
 
+from graphtune.cache import cache_dir
 from graphtune.data.table import Part
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,7 @@ def cache_file(**parts: Any) -> Path:
     """
     parts |= {"source": _source(), "versions": [version("transformers"), version("tokenizers")]}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-    root = Path(os.environ.get("GRAPHTUNE_CACHE") or "~/.cache/graphtune").expanduser()
-    return root / "examples" / f"{digest}.arrow"
+    return cache_dir() / "examples" / f"{digest}.arrow"
 
 
 @cache

@@ -5,9 +5,26 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from graphtune.data.messages import BadRow
+from graphtune.data.files import ROW_LIMIT, UNREADABLE
 from graphtune.data.rows import PLACE, Row, close_match
-from graphtune.data.text_files import ROW_LIMIT, UNREADABLE
+from graphtune.errors import UserError
+
+
+class BadRow(UserError):
+    """A row that cannot be used. Whoever reads rows adds the file and the row's number.
+
+    Attributes:
+        field: column, or path within one, such as `messages[2].role`.
+        problem: what is wrong and what would be right.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[Any, ...]:  # as other processes send it
+        return BadRow, (self.field, self.problem)
 
 
 def cell(row: Row, column: str) -> Any:

@@ -10,9 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from graphtune.data.chat_messages import check_conversation, fill_images, read_messages
-from graphtune.data.fields import cell, cell_list, has, text, truth
-from graphtune.data.messages import BadRow, Message
+from graphtune.data.fields import BadRow, cell, cell_list, has, text, truth
+from graphtune.data.messages import Message, check_conversation, fill_images, read_messages
 from graphtune.data.rows import Row
 
 CONVERSATIONS = ("messages", "conversations", "conversation")

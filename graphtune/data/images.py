@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import dataclasses
 import re
 import time
 from collections.abc import Mapping
@@ -17,11 +16,11 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
-import datasets
-from datasets import Dataset as Table
+import fsspec
 from PIL import Image, ImageOps
 
-from graphtune.data.messages import BadRow, Conversation, Message
+from graphtune.data.fields import BadRow
+from graphtune.data.messages import Conversation, Message
 
 MAX_BYTES = 100 * 2**20
 """Largest download. How many pixels an image may have is `PIL.Image.MAX_IMAGE_PIXELS`."""
@@ -39,7 +38,8 @@ def open_image(
     """The image that `reference` stands for, upright as its EXIF data say, in RGB.
 
     Args:
-        reference: a path, an `http`, `https`, `file` or `data` URL, base64 text, the bytes of an
+        reference: a path, an `http`, `https`, `file` or `data` URL, one that fsspec knows (`hf://`,
+            `s3://`), base64 text, the bytes of an
             image file, the `{"bytes": ..., "path": ...}` of `datasets.Image(decode=False)`, or a
             `PIL.Image`. Of an animation the first frame counts.
         image_dir: folder that relative paths start from; None: the working directory.
@@ -75,6 +75,8 @@ def _open_text(text: str, image_dir: str | Path | None, field: str) -> Image.Ima
         return _decode(BytesIO(_download(text, field)), f"{_short(text)!r}", field)
     if scheme == "file":
         return _open_path(Path(url2pathname(urlsplit(text).path)), image_dir, field)
+    if "://" in text:
+        return _open_remote(text, field)
     data = _base64(text)
     if data is not None and not _is_file(text, image_dir):
         return _decode(BytesIO(data), f"base64 text {_short(text)!r}", field)
@@ -94,6 +96,17 @@ def _open_path(path: Path, image_dir: str | Path | None, field: str) -> Image.Im
             raise
         reason = getattr(error, "strerror", None) or error
         raise BadRow(field, f"image `{_short(str(full))}` cannot be read: {reason}") from error
+
+
+def _open_remote(url: str, field: str) -> Image.Image:
+    """A file of any system that fsspec knows, as `datasets` names those of a stream."""
+    try:
+        with fsspec.open(url, "rb") as file:
+            return _decode(file, f"{_short(url)!r}", field)
+    except BadRow:
+        raise
+    except Exception as error:  # of whatever library the system's protocol needs
+        raise BadRow(field, f"image {_short(url)!r} cannot be read: {error}") from error
 
 
 def _full(path: Path, image_dir: str | Path | None) -> Path:
@@ -192,31 +205,6 @@ def _download(url: str, field: str) -> bytes:
 
 def _short(text: str, length: int = 80) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def undecoded(data: Table) -> Table:
-    """`data` with the images of all its columns as files: `{"bytes": ..., "path": ...}`.
-
-    `datasets` decodes images when it reads a row, and what it raises over a broken one names
-    neither row nor field; `open_image` does. Nothing is copied.
-    """
-    features = _undecoded(data.features)
-    if features == data.features:
-        return data
-    data = data.with_format(data.format["type"], columns=data.format["columns"])  # a new object
-    data.info.features = features
-    return data
-
-
-def _undecoded(feature: Any) -> Any:
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(mode=feature.mode, decode=False)
-    if isinstance(feature, Mapping):
-        inner = {name: _undecoded(one) for name, one in feature.items()}
-        return datasets.Features(inner) if isinstance(feature, datasets.Features) else inner
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
-    return feature
 
 
 def split_images(messages: Conversation) -> tuple[list[Message], list[tuple[str, Any]]]:

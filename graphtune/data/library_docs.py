@@ -1,7 +1,7 @@
-"""Instruction data from the docstrings of installed libraries: real, and no download.
+"""Data from the documentation of installed libraries: real, and no download.
 
-Each pair asks what a documented callable does and answers with the first sentence of its
-docstring:
+`pydoc_topics` is prose. `docstrings` are pairs: each asks what a documented callable does, and
+answers with the first sentence of its docstring:
 
     What does `json.dumps(obj, *, skipkeys=False, ...)` do?
     Serialize `obj` to a JSON formatted `str`.
@@ -19,13 +19,14 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from pydoc_data.topics import topics
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from graphtune.data.conversations import ConversationEncoder
-from graphtune.data.dataset import Dataset
+from graphtune.data.dataset import IGNORE_INDEX, Dataset, Example
 from graphtune.data.formats import conversation
 from graphtune.errors import UserError
 
@@ -77,6 +78,7 @@ MODULES = {
 SPLITS = ("train", "validation")
 _ARGUMENTS_LIMIT = 100  # characters; longer ones are written (...)
 _SENTENCE_LIMITS = (20, 200)  # characters
+_SHORTEST_CHUNK = 16  # tokens; the rest of a document that is shorter says little about a model
 
 _BOILERPLATE = re.compile(
     r"Return self|Return key|Implement |Initialize self|See |Alias|Same as|Deprecated|Internal|"
@@ -261,3 +263,44 @@ def _arguments(obj: Any, is_method: bool) -> str:
     if is_method:
         text = re.sub(r"^self(, /)?(, |$)", "", text)
     return f"({text})" if len(text) <= _ARGUMENTS_LIMIT else "(...)"
+
+
+def pydoc_topics(
+    tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512, limit: int | None = None
+) -> Dataset:
+    """The Python language reference, from the standard library: English prose, no download.
+
+    Args:
+        tokenizer: the model's.
+        max_length: documents are cut into chunks of this many tokens; a last chunk of fewer
+            than 16 tokens is left out.
+        limit: use this many chunks at most, spread evenly over the documents.
+
+    Raises:
+        UserError: `max_length` is too short, or `limit` leaves nothing.
+    """
+    if max_length < _SHORTEST_CHUNK:
+        raise UserError(
+            f"dataset.max_length: {max_length} is too short; use {_SHORTEST_CHUNK} or more"
+        )
+    chunks = [
+        chunk
+        for _, text in sorted(topics.items())
+        for chunk in _chunks(tokenizer, text, max_length)
+    ]
+    if limit is not None:
+        limit = min(limit, len(chunks))
+        chunks = [chunks[i * len(chunks) // limit] for i in range(limit)]
+    return Dataset.build(chunks, max_length=None)
+
+
+def _chunks(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Iterator[Example]:
+    """Consecutive pieces of `text`, each with the token in front that the tokenizer puts there."""
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    opening = tokenizer.encode("x")[:1]
+    opening = opening if opening == [tokenizer.bos_token_id] else []
+    step = length - len(opening)
+    for start in range(0, len(ids), step):
+        piece = opening + ids[start : start + step]
+        if len(piece) >= _SHORTEST_CHUNK:
+            yield Example(input_ids=piece, labels=[IGNORE_INDEX, *piece[1:]])

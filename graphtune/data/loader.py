@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,26 +15,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from graphtune.data.batching import Batching, Plan, PlannedBatch, even_lengths, plan, row_lengths
 from graphtune.data.collation import Batch, collate_examples, complete, without_targets
+from graphtune.data.streaming import StreamingDataset
 from graphtune.errors import UserError
 
 State = dict[str, Any]
-
-
-@runtime_checkable
-class Stream(Protocol):
-    """Examples one after another; see `StreamingDataset`.
-
-    Every rank reads the whole stream, so it must not be sharded.
-
-    Attributes:
-        epoch: set at the beginning of each pass; may decide the order.
-    """
-
-    epoch: int
-
-    def __iter__(self) -> Iterator[Any]: ...
-    def state_dict(self) -> State: ...
-    def load_state_dict(self, state: State) -> None: ...
 
 
 class Loader:
@@ -57,7 +41,7 @@ class Loader:
 
     Args:
         dataset: a sequence of examples, pairs or questions (see `collate_examples`), with an
-            attribute `lengths` (see `plan`) if it knows them; or a `Stream` of such.
+            attribute `lengths` (see `plan`) if it knows them; or a stream of such.
         batching: how examples share batches.
         pad_token_id: any id of the vocabulary; padding is masked.
         rank, world: which of how many processes this is.
@@ -75,7 +59,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Sequence[Any] | Stream,
+        dataset: Sequence[Any] | StreamingDataset,
         batching: Batching,
         *,
         pad_token_id: int = 0,
@@ -89,7 +73,7 @@ class Loader:
         self.workers = workers
         share = (batching, pad_token_id, rank, world)
         self._batches: _MapBatches | _StreamBatches
-        if isinstance(dataset, Stream):
+        if isinstance(dataset, StreamingDataset):
             self._batches = _StreamBatches(dataset, *share)
         else:
             self._batches = _MapBatches(dataset, *share)
@@ -210,7 +194,7 @@ class _StreamBatches(IterableDataset[Any]):
     """
 
     def __init__(
-        self, stream: Stream, batching: Batching, pad_token_id: int, rank: int, world: int
+        self, stream: StreamingDataset, batching: Batching, pad_token_id: int, rank: int, world: int
     ) -> None:
         self.stream, self.batching, self.pad_token_id = stream, batching, pad_token_id
         self.rank, self.world = rank, world
@@ -236,7 +220,6 @@ class _StreamBatches(IterableDataset[Any]):
                 group = []
             group.append(one)
         if group:
-            self.stream.epoch = self.state["epoch"] + 1
             window = group[-1].state["window"] + 1
             yield self._collate(group), self._window(self.stream.epoch, window, [])
 

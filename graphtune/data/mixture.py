@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
 
 from graphtune.data.dataset import Dataset, Example
 from graphtune.data.rows import Rows
-from graphtune.data.streaming import RowStream, StreamingDataset, check_layout, worker_share
+from graphtune.data.streaming import RowStream, StreamingDataset
 from graphtune.errors import UserError
 
 Until = Literal["first_exhausted", "all_exhausted"] | int
@@ -107,8 +106,7 @@ def _take(size: int, count: int, seed: str) -> np.ndarray:
 class MixedStream(StreamingDataset):
     """Streams of which one is drawn for each example, by weight; all begin anew in each epoch.
 
-    A draw is a function of the seed, the epoch, the rank and the number of the example. The
-    number of examples that `until` gives is that of all ranks together.
+    A draw is a function of the seed, the epoch and the number of the example.
     """
 
     def __init__(
@@ -123,7 +121,6 @@ class MixedStream(StreamingDataset):
         self._weights = list(weights)
         self._until = until
         self._seed = seed
-        self._rank, self._world = 0, 1
         self.begin(0)
 
     def begin(self, epoch: int) -> None:
@@ -133,26 +130,11 @@ class MixedStream(StreamingDataset):
         for stream in self._streams:
             stream.begin(epoch)
 
-    def _arranged(self, arrange: Callable[[StreamingDataset], StreamingDataset]) -> MixedStream:
-        other = copy.copy(self)
-        other._streams = [arrange(stream) for stream in self._streams]
-        other.begin(0)
-        return other
-
-    def shard(self, rank: int, world: int) -> MixedStream:
-        other = self._arranged(lambda stream: stream.shard(rank, world))
-        other._rank, other._world = rank, world
-        return other
-
-    def shuffle(self, buffer: int, seed: int) -> MixedStream:
-        return self._arranged(lambda stream: stream.shuffle(buffer, seed))
-
     def __iter__(self) -> Iterator[Example]:
-        shard, shards = worker_share(self._rank, self._world)
         streams = [iter(stream) for stream in self._streams]
         numbers = range(len(streams))
-        while not isinstance(self._until, int) or self._given * shards + shard < self._until:
-            draw = random.Random(f"{self._seed}:{self.epoch}:{shard}:{self._given}")
+        while not isinstance(self._until, int) or self._given < self._until:
+            draw = random.Random(f"{self._seed}:{self.epoch}:{self._given}")
             (number,) = draw.choices(numbers, self._weights)
             example = next(streams[number], None)
             if example is None:
@@ -184,13 +166,12 @@ class MixedStream(StreamingDataset):
     def skipped(self) -> int:  # type: ignore[override]
         return sum(stream.skipped for stream in self._streams)
 
-    def _layout(self) -> list[Any]:
-        shard, shards = worker_share(self._rank, self._world)
-        return [shard, shards, self._weights, self._until, self._seed]
+    def _options(self) -> list[Any]:
+        return [self._weights, self._until, self._seed]
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "layout": self._layout(),
+            "options": self._options(),
             "epoch": self.epoch,
             "given": self._given,
             "passes": list(self._passes),
@@ -198,7 +179,11 @@ class MixedStream(StreamingDataset):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        check_layout(state["layout"], self._layout())
+        if list(state["options"]) != self._options():
+            raise UserError(
+                "dataset: the saved place is of a mixture with other weights, `until` or seed "
+                f"({state['options']} instead of {self._options()}); resume with the same"
+            )
         self.epoch, self._given = state["epoch"], state["given"]
         self._passes = list(state["passes"])
         for stream, its in zip(self._streams, state["streams"], strict=True):

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from graphtune.data.messages import BadRow
+from graphtune.data.fields import BadRow
 from graphtune.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -14,16 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from graphtune.data import fields, formats
 from graphtune.data.conversations import ConversationEncoder
 from graphtune.data.dataset import IGNORE_INDEX, Example
-from graphtune.data.messages import BadRow, Message
+from graphtune.data.fields import BadRow
+from graphtune.data.messages import Message
 from graphtune.data.rows import Row
 
 
 def conversation(
     encoder: Any, convert: Callable[[Row], list[Message]], row: Row
 ) -> Mapping[str, Any]:
-    messages = convert(row)
-    tools = formats.tools(row)
-    return encoder(messages) if tools is None else encoder(messages, tools=tools)
+    return encoder(convert(row), tools=formats.tools(row))
 
 
 def text(tokenizer: PreTrainedTokenizerBase, column: str, eos: int | None, row: Row) -> Example:
@@ -37,13 +36,15 @@ def pair(
     encoder: Any, convert: Callable[[Row], formats.PreferencePair], row: Row
 ) -> Mapping[str, Any]:
     prompt, chosen, rejected = convert(row)
-    prompt = formats.unlearned(prompt)
-    return {"chosen": encoder([*prompt, *chosen]), "rejected": encoder([*prompt, *rejected])}
+    prompt, tools = formats.unlearned(prompt), formats.tools(row)
+    answers = {"chosen": chosen, "rejected": rejected}
+    return {name: encoder([*prompt, *said], tools=tools) for name, said in answers.items()}
 
 
 def judged(encoder: Any, convert: Callable[[Row], formats.Judged], row: Row) -> Mapping[str, Any]:
     prompt, completion, label = convert(row)
-    return {**encoder([*formats.unlearned(prompt), *completion]), "label": label}
+    messages = [*formats.unlearned(prompt), *completion]
+    return {**encoder(messages, tools=formats.tools(row)), "label": label}
 
 
 def steps(
@@ -79,6 +80,9 @@ def _prompt_ids(
     encoder: ConversationEncoder, prompt: list[Message], tools: list[dict[str, Any]] | None
 ) -> list[int]:
     """Tokens of a conversation up to where the assistant begins to speak."""
+    for i, message in enumerate(prompt):
+        if isinstance(message["content"], list):  # text alone is joined when it is read
+            raise BadRow(f"messages[{i}].content", "questions with images cannot be asked yet")
     turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in prompt]
     try:
         ids: Any = encoder.tokenizer.apply_chat_template(

@@ -21,8 +21,16 @@ from datasets import IterableDataset as Stream
 from datasets import ReadInstruction, concatenate_datasets
 from PIL.Image import Image as Picture
 
-from graphtune.data.sources import PLACE, Opened, Source, file_stats, open_source
-from graphtune.data.text_files import UNREADABLE, Row, SampleBy, find_row, place_name
+from graphtune.data.files import (
+    PLACE,
+    UNREADABLE,
+    Row,
+    SampleBy,
+    file_stats,
+    find_row,
+    place_name,
+)
+from graphtune.data.sources import Opened, Source, open_source
 from graphtune.errors import UserError
 
 __all__ = ["PLACE", "Row", "RowOptions", "Rows", "Source", "held_out", "read_rows"]
@@ -42,12 +50,13 @@ class RowOptions(TypedDict, total=False):
     sample_by: one row of a `.txt` file is a `line` (default), `paragraph` or `document`.
     streaming: read while training instead of before; nothing is kept on disk.
     filter: which rows to keep: a mapping of columns to the value, or list of values, that they
-        must have; a function of the row; or that function's dotted name.
+        must have; a function of the row; or that function's dotted name. Images are still files
+        there, which `graphtune.data.open_image` opens.
     validation: about what share of the rows, 0 to 1, is held out of training.
     part: `train` for the rows that are not held out (default), `validation` for those that are.
     validation_seed: chooses the rows that are held out. The choice depends on the content of a
-        row alone, so that it does not change when rows are added or moved, is the same for
-        streams, and equal rows are never on both sides.
+        row alone (of an image in a file of its own, on its path), so that it does not change when
+        rows are added or moved, is the same for streams, and equal rows are never on both sides.
     on_bad_row: `error` (default) to stop at a row that cannot be used, `skip` to leave it out;
         how many were left out is reported.
     """

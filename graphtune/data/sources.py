@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import logging
 import os
@@ -20,14 +21,14 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from graphtune.data.text_files import (
+from graphtune.data.files import (
     KINDS,
-    UNREADABLE,
     Row,
     SampleBy,
     kind_of,
-    place_name,
     scan,
+    scan_streams,
+    text_table,
     unreadable,
 )
 from graphtune.errors import UserError
@@ -35,9 +36,6 @@ from graphtune.errors import UserError
 Source = str | Path | Iterable[Any] | Mapping[str, Sequence[Any]]
 """A file, a list or a glob of files, a folder, a URL, a hub id; a `datasets.Dataset` or
 `IterableDataset`, a list of rows, or a mapping of columns to lists."""
-
-PLACE = "__place__"
-"""The column of streamed rows that says where each came from; taken off before use."""
 
 _HUB_TIMEOUT_S = 10
 _ERRORS = (
@@ -76,7 +74,8 @@ def open_source(source: Source, options: Mapping[str, Any]) -> Opened:
     """
     memory = _in_memory(source)
     if memory is not None:
-        return Opened(_as_streams(memory) if options.get("streaming") else memory)
+        splits = {split: _undecoded(data) for split, data in memory.items()}
+        return Opened(_as_streams(splits) if options.get("streaming") else splits)
     paths = [source] if isinstance(source, str | os.PathLike) else list(source)
     name = ", ".join(map(str, paths))
     try:
@@ -144,21 +143,23 @@ def _load(paths: list[str], name: str, options: Mapping[str, Any]) -> Opened:
     streaming = bool(options.get("streaming"))
     folder = Path(name).expanduser()
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        splits = _in_memory(datasets.load_from_disk(folder))
-        assert splits is not None
+        found = _in_memory(datasets.load_from_disk(folder))
+        assert found is not None
+        splits = {split: _undecoded(data) for split, data in found.items()}
         return Opened(_as_streams(splits) if streaming else splits, name)
     arguments = _arguments(paths, options)
     builder = datasets.load_dataset_builder(**arguments)
     files = _local_files(builder)
-    if files and streaming and builder.name in ("json", "csv", "text"):
-        return Opened(_scan_streams(files, options.get("sample_by", "line")), name, files)
-    splits = None
+    if files and streaming:
+        return Opened(scan_streams(files, options.get("sample_by", "line")), name, files)
     if files and not streaming:
-        splits = _read_text(builder.name, files, options.get("sample_by", "line"), arguments)
-    if splits is None:
-        splits = dict(datasets.load_dataset(**arguments, streaming=streaming))
-        if files and not streaming:
-            splits = {split: _with_valid_text(table) for split, table in splits.items()}
+        rows = _read_text(builder.name, files, options.get("sample_by", "line"), arguments)
+        if rows is not None:
+            return Opened(rows, name, files)
+    loaded = datasets.load_dataset(**arguments, streaming=streaming)
+    splits = {split: _undecoded(data) for split, data in loaded.items()}
+    if files:
+        splits = {split: _with_valid_text(table) for split, table in splits.items()}
     return Opened(splits, name, files)
 
 
@@ -235,7 +236,7 @@ def _read_text(
             if all(_is_faithful(table) for table in splits.values()):
                 return splits
         else:
-            return {split: _text_table(paths, sample_by) for split, paths in files.items()}
+            return {split: text_table(paths, sample_by) for split, paths in files.items()}
     except _ERRORS:
         pass
     return {
@@ -258,8 +259,10 @@ def _quiet(name: str) -> Iterator[None]:
 
 def _is_faithful(table: Table) -> bool:
     """Whether texts are still what the file has: Arrow takes a column of dates for times, and
-    bytes that are not UTF-8 for text."""
-    return "Value('timestamp" not in str(table.features) and _is_valid(table)
+    bytes that are not UTF-8 for text; `datasets` reads texts as JSON ("4" as 4) in a column that
+    has lists or mappings too."""
+    kinds = str(table.features)
+    return "Value('timestamp" not in kinds and "Json(" not in kinds and _is_valid(table)
 
 
 def _is_valid(table: Table) -> bool:
@@ -290,49 +293,30 @@ def _readable_row(table: Table, index: int) -> Row:
     return unreadable(problem)
 
 
-def _text_table(paths: list[str], sample_by: SampleBy) -> Table:
-    """CSV or plain text files as a table of text; ValueError where a row does not fit."""
-    columns = dict.fromkeys(column for path in paths for column in _columns(path, sample_by))
-    table = Table.from_generator(
-        _readable,
-        features=datasets.Features({column: datasets.Value("string") for column in columns}),
-        gen_kwargs={"paths": [tuple(paths)], "stats": [file_stats(paths)], "sample_by": sample_by},
-    )
-    assert isinstance(table, Table)
-    return table
+def _undecoded(data: Any) -> Any:
+    """`data` with the images of all its columns as files: `{"bytes": ..., "path": ...}`.
+
+    `datasets` decodes images when it reads a row, and what it raises over a broken one names
+    neither row nor field; `open_image` does. Nothing is copied; lists of rows stay as they are.
+    """
+    if isinstance(data, Stream) and data.features:
+        return data.decode(False)
+    if not isinstance(data, Table) or (features := _as_files(data.features)) == data.features:
+        return data
+    data = data.with_format(data.format["type"], columns=data.format["columns"])  # a new object
+    data.info.features = features
+    return data
 
 
-def _columns(path: str, sample_by: SampleBy) -> Iterable[str]:
-    _, first = next(scan(path, sample_by), (0, {}))
-    return first
-
-
-def _readable(paths: list[tuple[str, ...]], stats: Any, sample_by: SampleBy) -> Iterator[Row]:
-    """`stats` is there for the cache's key alone."""
-    for path in paths[0]:
-        for _, row in scan(path, sample_by):
-            if UNREADABLE in row:
-                raise ValueError(row[UNREADABLE])
-            yield row
-
-
-def _scan_streams(files: Mapping[str, list[str]], sample_by: SampleBy) -> dict[str, Stream]:
-    return {
-        split: Stream.from_generator(_placed, gen_kwargs={"paths": paths, "sample_by": sample_by})
-        for split, paths in files.items()
-    }
-
-
-def _placed(paths: list[str], sample_by: SampleBy) -> Iterator[Row]:
-    for path in paths:
-        for number, (line, row) in enumerate(scan(path, sample_by), start=1):
-            yield {**row, PLACE: place_name(path, number, line)}
-
-
-def file_stats(paths: Iterable[str]) -> list[tuple[str, int, int]]:
-    """Path, size and time of change (ns) of each file."""
-    stats = [(path, os.stat(path)) for path in paths]
-    return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+def _as_files(feature: Any) -> Any:
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(mode=feature.mode, decode=False)
+    if isinstance(feature, Mapping):
+        inner = {name: _as_files(one) for name, one in feature.items()}
+        return datasets.Features(inner) if isinstance(feature, datasets.Features) else inner
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return dataclasses.replace(feature, feature=_as_files(feature.feature))
+    return feature
 
 
 def _check_hub(id: str) -> None:

@@ -1,34 +1,33 @@
-"""Examples of data that is read while training: resumable, shuffled, shared among ranks."""
+"""Examples of data that is read while training, resumable after any of them."""
 
 from __future__ import annotations
 
-import copy
 import logging
-import random
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Any, Self
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice, pairwise
+from typing import Any, NamedTuple
 
 import datasets
-from torch.utils.data import IterableDataset, get_worker_info
+import pyarrow as pa
 
-from graphtune.data.dataset import Example, Truncate, fit
-from graphtune.data.messages import BadRow
+from graphtune.data.dataset import Example, Truncate, check_piece_length, fit
+from graphtune.data.fields import BadRow
 from graphtune.data.rows import PLACE, Rows
+from graphtune.data.table import cuts
 from graphtune.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-class StreamingDataset(IterableDataset[Example]):
+class StreamingDataset(ABC):
     """Examples one after another, from where the state stands; from the beginning, at first.
 
     When an epoch has ended, the state is that of the next one's beginning. One iteration at a
-    time.
+    time. The order is that of the source: `Loader` shuffles a stream, and shares it among ranks.
 
     Attributes:
-        epoch: of the next example; it changes the order, if that is shuffled.
+        epoch: of the next example.
         truncated, dropped, skipped: as of `Dataset`, of the rows read so far.
     """
 
@@ -46,14 +45,6 @@ class StreamingDataset(IterableDataset[Example]):
         """Go to the beginning of an epoch."""
 
     @abstractmethod
-    def shard(self, rank: int, world: int) -> Self:
-        """The share of one rank. Worker processes of a torch data loader split it further."""
-
-    @abstractmethod
-    def shuffle(self, buffer: int, seed: int) -> Self:
-        """In an order that depends on the epoch too; no row moves by more than `buffer`."""
-
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Where the next example is, and the counts; small, and as JSON can hold it."""
 
@@ -62,17 +53,24 @@ class StreamingDataset(IterableDataset[Example]):
         """Go to where another stream was.
 
         Raises:
-            UserError: it was another rank's, of another number of ranks, or in another order.
+            UserError: it had other options.
         """
+
+    def in_pieces(self, length: int) -> StreamingDataset:
+        """Every example cut into pieces; see `Dataset.in_pieces`."""
+        check_piece_length(length)
+        return _Pieces(self, length)
+
+
+class _Place(NamedTuple):
+    """Where in the source the next row is: its number, and the source's own state if it has one."""
+
+    row: int = 0
+    source: dict[str, Any] | None = None
 
 
 class RowStream(StreamingDataset):
-    """Rows that are encoded when they are reached.
-
-    Row i belongs to rank i % world. To shuffle, a rank reads its next `buffer` rows, whose
-    order is a function of the seed, the epoch and their number; so the state is where
-    they begin, and how many of them are done.
-    """
+    """Rows that are encoded when they are reached."""
 
     def __init__(
         self,
@@ -86,47 +84,19 @@ class RowStream(StreamingDataset):
         self._encode = encode
         self._max_length = max_length
         self._truncate: Truncate = truncate
-        self._rank, self._world = 0, 1
-        self._buffer, self._seed = 1, 0
         self.truncated = self.dropped = self.skipped = 0
         self.begin(0)
 
     def begin(self, epoch: int) -> None:
         self.epoch = epoch
-        self._source_state: dict[str, Any] | None = None  # of the source, where the block begins
-        self._row = 0  # the source's row there
-        self._block = 0  # number of the block
-        self._done = 0  # rows of the block that are done
-
-    def shard(self, rank: int, world: int) -> RowStream:
-        return self._copy(_rank=rank, _world=world)
-
-    def shuffle(self, buffer: int, seed: int) -> RowStream:
-        if buffer < 1:
-            raise UserError(f"dataset: a shuffle buffer of {buffer} rows is none; use 1 or more")
-        return self._copy(_buffer=buffer, _seed=seed)
-
-    def _copy(self, **changes: Any) -> RowStream:
-        other = copy.copy(self)
-        other.__dict__ |= changes
-        other.begin(0)
-        return other
+        self._reader = _Reader(self._rows, _Place())
 
     def __iter__(self) -> Iterator[Example]:
-        source = _Source(self._rows.data, self._row, self._source_state)
-        shard, shards = worker_share(self._rank, self._world)
-        mine = ((number, row) for number, row in source if number % shards == shard)
-        while block := list(islice(mine, self._buffer)):
-            order = list(range(len(block)))
-            if self._buffer > 1:
-                random.Random(f"{self._seed}:{self.epoch}:{self._block}").shuffle(order)
-            for place in order[self._done :]:
-                self._done += 1
-                example = self._example(*block[place])
-                if example is not None:
-                    yield example
-            self._source_state, self._row = source.state()
-            self._block, self._done = self._block + 1, 0
+        reader = self._reader = _Reader(self._rows, self._reader.place())
+        for number, row in reader:
+            example = self._example(number, row)
+            if example is not None:
+                yield example
         if self.skipped > 1:
             logger.warning("dataset: %d bad rows were skipped so far", self.skipped)
         self.begin(self.epoch + 1)
@@ -149,71 +119,105 @@ class RowStream(StreamingDataset):
         self.dropped += example is None
         return example  # type: ignore[return-value]
 
-    def _layout(self) -> list[int]:
-        return [*worker_share(self._rank, self._world), self._buffer, self._seed]
-
     def state_dict(self) -> dict[str, Any]:
         return {
-            "layout": self._layout(),
             "epoch": self.epoch,
-            "source": self._source_state,
-            "row": self._row,
-            "block": self._block,
-            "done": self._done,
+            **self._reader.place()._asdict(),
             "counts": [self.truncated, self.dropped, self.skipped],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        check_layout(state["layout"], self._layout())
         self.epoch = state["epoch"]
-        self._source_state, self._row = state["source"], state["row"]
-        self._block, self._done = state["block"], state["done"]
+        self._reader = _Reader(self._rows, _Place(state["row"], state["source"]))
         self.truncated, self.dropped, self.skipped = state["counts"]
 
 
-def worker_share(rank: int, world: int) -> tuple[int, int]:
-    """A rank's number and that of all, with each worker process of a data loader as a rank."""
-    worker = get_worker_info()
-    if worker is None:
-        return rank, world
-    return rank + world * worker.id, world * worker.num_workers
-
-
-def check_layout(saved: Sequence[Any], own: Sequence[Any]) -> None:
-    """Raises UserError if a state belongs to another share or order of a stream."""
-    if list(saved) != list(own):
-        raise UserError(
-            f"dataset: the saved place in the stream is of rank {saved[0]} of {saved[1]} with the "
-            f"options {saved[2:]}, but this is rank {own[0]} of {own[1]} with {own[2:]}; "
-            "resume with the same"
-        )
-
-
-class _Source:
+class _Reader:
     """Numbered rows from some row on, and where the next one is."""
 
-    def __init__(
-        self, rows: Iterable[Mapping[str, Any]], row: int, state: dict[str, Any] | None
-    ) -> None:
-        self._next = row
-        if isinstance(rows, datasets.IterableDataset):
-            # All of it, as an object of its own: two iterations of one lose their places.
-            self._stream = rows.shard(num_shards=1, index=0)
-            self._stream.load_state_dict(state)
-            # Iterated directly, it would give each worker of a data loader other files.
-            batches = self._stream.iter(batch_size=1)
-            self._rows: Iterator[Mapping[str, Any]] = (
-                {key: cells[0] for key, cells in batch.items()} for batch in batches
-            )
-        else:
-            self._stream = None
-            self._rows = islice(rows, row, None)
+    def __init__(self, rows: Rows, start: _Place) -> None:
+        self._all = rows
+        self._start = start
+        self._next = start.row
+        self._stream: datasets.IterableDataset | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        for row in self._rows:
-            self._next += 1
-            yield self._next - 1, row
+        try:
+            for row in self._rows():
+                self._next += 1
+                yield self._next - 1, row
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise UserError(
+                f"{self._all.place(self._next)}: it cannot be read ({error}), nor skipped in a "
+                "stream; mend it, or set `streaming: false`"
+            ) from error
 
-    def state(self) -> tuple[dict[str, Any] | None, int]:
-        """The source's own state, if it has one, and the number of the next row."""
-        return self._stream.state_dict() if self._stream is not None else None, self._next
+    def _rows(self) -> Iterable[Mapping[str, Any]]:
+        rows = self._all.data
+        if not isinstance(rows, datasets.IterableDataset):
+            return islice(rows, self._next, None)
+        # All of it, as an object of its own: two iterations of one lose their places.
+        self._stream = rows.shard(num_shards=1, index=0)
+        self._stream.load_state_dict(self._start.source)
+        # Iterated directly, it would give each worker of a data loader other files.
+        batches = self._stream.iter(batch_size=1)
+        return ({key: cells[0] for key, cells in batch.items()} for batch in batches)
+
+    def place(self) -> _Place:
+        if self._next == self._start.row:
+            return self._start
+        return _Place(self._next, self._stream.state_dict() if self._stream else None)
+
+
+class _Pieces(StreamingDataset):
+    """A stream's examples in pieces of `length` tokens; its state counts pieces."""
+
+    def __init__(self, stream: StreamingDataset, length: int) -> None:
+        self._stream, self._length = stream, length
+        self._next_example()
+
+    def _next_example(self) -> None:
+        self._before = self._stream.state_dict()  # where the present example begins
+        self._done = 0  # its pieces that were given
+
+    def __iter__(self) -> Iterator[Example]:
+        done = self._done
+        for example in self._stream:
+            edges = cuts(len(example["input_ids"]), self._length)
+            for number, (start, end) in enumerate(pairwise(edges)):
+                if number >= done:
+                    self._done = number + 1
+                    yield Example(
+                        input_ids=example["input_ids"][start:end],
+                        labels=example["labels"][start:end],
+                    )
+            done = 0
+            self._next_example()
+        self._next_example()
+
+    def begin(self, epoch: int) -> None:
+        self._stream.begin(epoch)
+        self._next_example()
+
+    @property
+    def epoch(self) -> int:  # type: ignore[override]
+        return self._stream.epoch
+
+    @property
+    def truncated(self) -> int:  # type: ignore[override]
+        return self._stream.truncated
+
+    @property
+    def dropped(self) -> int:  # type: ignore[override]
+        return self._stream.dropped
+
+    @property
+    def skipped(self) -> int:  # type: ignore[override]
+        return self._stream.skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stream": self._before, "pieces": self._done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._stream.load_state_dict(state["stream"])
+        self._before, self._done = dict(state["stream"]), state["pieces"]

@@ -59,6 +59,11 @@ class Part:
         with pa.memory_map(str(path)) as source:
             return cls(pa.ipc.open_stream(source).read_all(), again, path)
 
+    def in_pieces(self, length: int) -> Part:
+        """The same tokens in examples of `length` or less; there must be no images."""
+        batches = [_split_batch(batch, length) for batch in self.table.to_batches()]
+        return Part(pa.Table.from_batches(batches))
+
     def __reduce__(self) -> tuple[Any, ...]:
         # What encodes rows may not be picklable, and most examples need it no more.
         again = self.again if pc.any(self.table[_AGAIN]).as_py() else None
@@ -128,6 +133,34 @@ def _plain(value: Any) -> Any:
         if hasattr(value, method):
             return getattr(value, method)()
     raise TypeError(type(value).__name__)
+
+
+def cuts(size: int, length: int) -> list[int]:
+    """Where to cut `size` tokens: ascending, from 0 to `size`."""
+    edges = [*range(0, size, length), size]
+    if len(edges) > 2 and edges[-1] - edges[-2] == 1:
+        edges[-2] -= 1
+    return edges
+
+
+def _split_batch(batch: pa.RecordBatch, length: int) -> pa.RecordBatch:
+    """The same tokens with more borders; only these are new."""
+    sizes = np.diff(batch.column("input_ids").offsets.to_numpy())
+    counts = np.maximum(1, -(-sizes // length))
+    document = np.repeat(np.arange(len(sizes)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    is_last = number == counts[document] - 1
+    begin = number * length - (is_last & (number > 0) & (sizes[document] % length == 1))
+    columns = {}
+    for name in batch.schema.names:
+        column = batch.column(name)
+        if name in ("input_ids", "labels"):
+            old = column.offsets.to_numpy()
+            edges = np.append(old[document] + begin, old[-1]).astype(np.int32)
+            columns[name] = pa.ListArray.from_arrays(edges, column.values)
+        else:
+            columns[name] = column.take(pa.array(document))
+    return pa.RecordBatch.from_pydict(columns)
 
 
 class Batch:

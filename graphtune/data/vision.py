@@ -17,8 +17,9 @@ from transformers import BatchFeature, ProcessorMixin
 
 from graphtune.data.conversations import ConversationEncoder, Tools, TrainOn
 from graphtune.data.dataset import IGNORE_INDEX, Example
+from graphtune.data.fields import BadRow
 from graphtune.data.images import open_image, split_images
-from graphtune.data.messages import BadRow, Conversation
+from graphtune.data.messages import Conversation
 from graphtune.data.rendering import Refused, Span
 from graphtune.data.templates import Template, chat_template
 from graphtune.errors import UserError

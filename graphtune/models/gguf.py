@@ -216,7 +216,9 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
                 "the model's own folder or hub id to be sure",
                 stacklevel=2,
             )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=str(path), **settings)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+    tokenizer.name_or_path = str(path)  # as an argument, the hub would be asked for it
+    return tokenizer
 
 
 def _without_foreign_tokens(tokenizer: Tokenizer, vocabulary_size: int) -> Tokenizer:

@@ -53,6 +53,7 @@ def load_model(
     trust_remote_code: bool = False,
     implementation: Implementation = "transformers",
     attn_implementation: AttnImplementation | None = None,
+    config: PretrainedConfig | None = None,
 ) -> torch.nn.Module:
     """Load a causal language model as a plain module, ready for `capture`.
 
@@ -77,6 +78,8 @@ def load_model(
         attn_implementation: how a module of transformers attends: "sdpa", by
             `scaled_dot_product_attention`, or "eager", by matrix products and a softmax. None is
             sdpa, eager where the class has no other.
+        config: the model's, where it is known already; `id` is then not asked for it. On the meta
+            device nothing else is read, so that a published model can be looked at offline.
 
     Raises:
         UserError: no such model, dtype, device or implementation, a checkpoint that cannot be
@@ -89,7 +92,8 @@ def load_model(
     asked = {"attn_implementation": "eager"} if _is_eager(attn_implementation) else {}
     model: Any  # transformers' annotations allow neither a new attribute nor .to(device)
     with as_user_error(id):
-        config = load_config(id, revision=revision, trust_remote_code=trust_remote_code)
+        if config is None:
+            config = load_config(id, revision=revision, trust_remote_code=trust_remote_code)
         if not is_gguf(source):
             refuse_quantized(id, config)
         ours = _wants_ours(implementation, config, attn_implementation)

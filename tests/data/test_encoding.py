@@ -17,7 +17,7 @@ import torch
 from graphtune.data import encoding, example_cache
 from graphtune.data.dataset import IGNORE_INDEX, Dataset
 from graphtune.data.encoding import encode_rows
-from graphtune.data.messages import BadRow
+from graphtune.data.fields import BadRow
 from graphtune.data.rows import Rows, read_rows
 from graphtune.data.streaming import RowStream
 from graphtune.errors import UserError

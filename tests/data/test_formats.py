@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphtune.data import formats
-from graphtune.data.chat_messages import check_conversation
-from graphtune.data.messages import BadRow, Message
+from graphtune.data.fields import BadRow
+from graphtune.data.messages import Message, check_conversation
 
 WORDS = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2]}}}

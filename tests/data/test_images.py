@@ -11,13 +11,15 @@ from typing import Any
 from urllib.parse import quote
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from graphtune.data import images
-from graphtune.data.images import open_image, undecoded
-from graphtune.data.messages import BadRow
+from graphtune.data.fields import BadRow
+from graphtune.data.images import open_image
+from graphtune.data.rows import read_rows
 
 
 @pytest.fixture
@@ -263,10 +265,38 @@ def test_images_of_tables_stay_files(png: bytes, picture: Image.Image) -> None:
         for file in (good, broken)
     ]
     table = datasets.Dataset.from_list(rows, features=features)
-    files = undecoded(table)
+    files = read_rows(table).data
+    assert isinstance(files, datasets.Dataset)
     assert list(files) == list(files.select([0, 1])) == rows
     assert same(open_image(files[0]["messages"][0]["content"][0]["image"]), picture)
     with pytest.raises(BadRow, match="7 bytes is not an image"):
         open_image(files[1]["images"][0])
     assert table.features == features  # the caller's table is left alone
-    assert undecoded(files) is files
+    assert list(read_rows(table, streaming=True).data) == rows
+
+
+def test_files_of_other_systems(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
+    memory.pipe("/a.png", (tmp_path / "a.png").read_bytes())
+    memory.pipe("/b.png", b"nothing")
+    assert open_image("memory://a.png").size == (3, 2)
+    with pytest.raises(BadRow, match="b.png' is not an image"):
+        open_image("memory://b.png")
+    with pytest.raises(BadRow, match="image 'memory://c.png' cannot be read"):
+        open_image("memory://c.png")
+    with pytest.raises(BadRow, match="image 'nowhere://c.png' cannot be read: .*nowhere"):
+        open_image("nowhere://c.png")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_broken_image_in_a_table_names_its_row(streaming: bool) -> None:
+    features = datasets.Features({"image": datasets.Image(), "prompt": datasets.Value("string")})
+    rows = [{"image": {"bytes": b"nothing", "path": None}, "prompt": "a"}]
+    for data in (
+        (table := datasets.Dataset.from_list(rows, features=features)),
+        table.to_iterable_dataset(),
+    ):
+        (row,) = read_rows(data, streaming=streaming).data
+        with pytest.raises(BadRow, match="image: 7 bytes is not an image"):
+            open_image(row["image"])

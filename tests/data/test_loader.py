@@ -3,7 +3,7 @@
 import copy
 import pickle
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -16,6 +16,7 @@ from graphtune.data.batching import Batching
 from graphtune.data.collation import Batch
 from graphtune.data.dataset import IGNORE_INDEX
 from graphtune.data.loader import Loader
+from graphtune.data.streaming import StreamingDataset
 from graphtune.errors import UserError
 
 LENGTH = 12
@@ -29,25 +30,28 @@ def make(sizes: list[int]) -> list[dict[str, Any]]:
     ]
 
 
-class Numbered:
+class Numbered(StreamingDataset):
     """A stream with another order in each epoch, as slow and as simple as can be."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.examples = make(sizes)
-        self.epoch = 0
-        self.place = 0
+        self.begin(0)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        turned = self.examples[self.epoch :] + self.examples[: self.epoch]
+    def begin(self, epoch: int) -> None:
+        self.epoch, self.place = epoch, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        turn = self.epoch % len(self.examples)
+        turned = self.examples[turn:] + self.examples[:turn]
         while self.place < len(turned):
             self.place += 1
             yield turned[self.place - 1]
-        self.place = 0
+        self.begin(self.epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "place": self.place}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epoch, self.place = state["epoch"], state["place"]
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from graphtune.data import IGNORE_INDEX, ConversationEncoder, Example
-from graphtune.data.messages import BadRow
+from graphtune.data.fields import BadRow
 from graphtune.data.templates import TEMPLATES, chat_template
 from graphtune.errors import UserError
 from graphtune.models import load_tokenizer

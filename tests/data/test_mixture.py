@@ -116,14 +116,8 @@ def test_when_a_mixture_of_streams_ends() -> None:
     assert max(repeated.values()) - min(repeated.values()) <= 1 < min(repeated.values())
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_share_a_number_of_examples(world: int) -> None:
-    mixture = mix([stream(0, 50), stream(1, 50)], [1, 1], until=37)
-    assert isinstance(mixture, MixedStream)
-    given = [given_by(mixture.shard(rank, world)) for rank in range(world)]
-    assert sum(map(len, given)) == 37
-    for rank, own in enumerate(given):
-        assert all(number % world == rank for _, number in own)
+def test_a_mixture_has_as_many_examples_as_asked_for() -> None:
+    assert len(given_by(mix([stream(0, 50), stream(1, 5)], [1, 1], until=37))) == 37
 
 
 def test_counts_of_a_mixture_are_those_of_its_streams() -> None:

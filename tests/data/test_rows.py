@@ -16,17 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
+from graphtune.data.files import scan
+from graphtune.data.images import open_image
 from graphtune.data.rows import PLACE, held_out, read_rows
-from graphtune.data.text_files import scan
 from graphtune.errors import UserError
 
 ROWS = [{"prompt": f"What is {n} + 1?", "response": str(n + 1)} for n in range(8)]
 FILES = ["a.json", "a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv", "a.parquet", "object.json"]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> Path:
@@ -106,7 +102,7 @@ def test_folders_of_images_and_saved_data_sets(tmp_path: Path) -> None:
     lines = [json.dumps({"file_name": f"{n:02}.png", "text": f"image {n}"}) for n in range(12)]
     (tmp_path / "images/metadata.jsonl").write_text("\n".join(lines))
     rows = read(tmp_path / "images")
-    assert [(row["image"].getpixel((0, 0))[0], row["text"]) for row in rows] == [
+    assert [(open_image(row["image"]).getpixel((0, 0))[0], row["text"]) for row in rows] == [
         (n, f"image {n}") for n in range(12)
     ]
     sizes = []
@@ -114,11 +110,15 @@ def test_folders_of_images_and_saved_data_sets(tmp_path: Path) -> None:
         for part in ("train", "validation"):
             options = {"validation": 0.5, "part": part, "streaming": streaming}
             found = read(tmp_path / "images", **options)
-            assert all(row["image"].size == (2, 2) for row in found)
+            assert all(open_image(row["image"]).size == (2, 2) for row in found)
             sizes.append([row["text"] for row in found])
     assert sizes[:2] == sizes[2:]
     assert sorted(sizes[0] + sizes[1]) == sorted(f"image {n}" for n in range(12))
-    bright = read(tmp_path / "images", filter=lambda row: row["image"].getpixel((0, 0))[0] > 9)
+
+    def is_bright(row: Any) -> bool:
+        return open_image(row["image"]).getpixel((0, 0))[0] > 9  # type: ignore[index,operator]
+
+    bright = read(tmp_path / "images", filter=is_bright)
     assert len(bright) == 2
 
 
@@ -364,3 +364,13 @@ def test_parquet_with_bytes_that_are_no_text(tmp_path: Path) -> None:
     first, second = read(tmp_path / "a.parquet")
     assert first == {"a": "x", "b": "fine"}
     assert second == {"unreadable row": ["b", "not valid UTF-8 (invalid start byte)"]}
+    (line, row), (_, unreadable) = scan(str(tmp_path / "a.parquet"))
+    assert (line, row, unreadable) == (1, first, second)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_texts_stay_texts_beside_lists_and_mappings(tmp_path: Path, streaming: bool) -> None:
+    rows = [{"a": "4", "b": "true"}, {"a": [1], "b": {"x": 1}}, {"a": "[]", "b": None}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read(tmp_path / "a.jsonl", streaming=streaming)
+    assert [{key: row[key] for key in ("a", "b")} for row in found] == rows

@@ -12,10 +12,9 @@ import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from graphtune.data.dataset import IGNORE_INDEX
-from graphtune.data.messages import BadRow
+from graphtune.data.fields import BadRow
 from graphtune.data.mixture import mix
 from graphtune.data.rows import PLACE, Rows, read_rows
 from graphtune.data.streaming import RowStream, StreamingDataset
@@ -86,20 +85,13 @@ SETUPS = {
 @settings(deadline=None, max_examples=60)
 @given(
     setup=st.sampled_from(sorted(SETUPS)),
-    world=st.sampled_from([1, 2, 4]),
-    buffer=st.sampled_from([1, 2, 5, 100]),
     cuts=st.lists(st.integers(0, 20), min_size=1, max_size=3),
-    data=st.data(),
 )
-def test_a_resumed_stream_equals_the_uninterrupted_one(
-    setup: str, world: int, buffer: int, cuts: list[int], data: st.DataObject
-) -> None:
-    rank = data.draw(st.integers(0, world - 1))
-
+def test_a_resumed_stream_equals_the_uninterrupted_one(setup: str, cuts: list[int]) -> None:
     def fresh() -> StreamingDataset:
         made = SETUPS[setup]()
         assert isinstance(made, StreamingDataset)
-        return made.shuffle(buffer, seed=1).shard(rank, world)
+        return made
 
     whole = fresh()
     expected = [numbers(whole) for _ in range(2)]  # epochs
@@ -144,7 +136,7 @@ def test_resuming_after_any_row_of_files(
 
     def fresh() -> RowStream:
         rows = read_rows(files, streaming=True, on_bad_row="skip", **options)
-        return RowStream(rows, encode, max_length=2).shuffle(3, seed=0)
+        return RowStream(rows, encode, max_length=2)
 
     expected = numbers(fresh())
     assert sorted(expected) == [n for n in range(4, 27) if n % 2 and survives(n)]
@@ -153,37 +145,6 @@ def test_resuming_after_any_row_of_files(
         list(islice(stopped, cut))
         resumed.load_state_dict(saved(stopped))
         assert numbers(resumed) == expected[cut:]
-
-
-@pytest.mark.parametrize("kind", ["list", "hub", "arrow"])
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("buffer", [1, 6])
-def test_each_row_belongs_to_one_rank(kind: str, world: int, buffer: int) -> None:
-    source = stream(40, kind).shuffle(buffer, seed=5)
-    for rank in range(world):
-        own = numbers(source.shard(rank, world))
-        assert sorted(own) == [n for n in range(rank, 40, world) if survives(n)]
-
-
-def test_shuffling_moves_rows_within_the_buffer_and_anew_in_each_epoch() -> None:
-    source = stream(400).shuffle(10, seed=5)
-    first, second = numbers(source), numbers(source)
-    assert first != second and sorted(first) == sorted(second)
-    plain = numbers(stream(400))
-    assert first != plain
-    assert [n // 10 for n in first] == [n // 10 for n in plain]
-    orders = [[n % 10 for n in first if n // 10 == block] for block in range(7, 40, 7)]
-    assert len(set(map(tuple, orders))) > 1
-    source.begin(0)
-    assert numbers(source) == first
-    assert numbers(stream(400).shuffle(10, seed=6)) != first
-
-
-@pytest.mark.parametrize("kind", ["list", "hub"])
-def test_workers_of_a_data_loader_share_the_rows(kind: str) -> None:
-    source = stream(40, kind).shard(1, 2)
-    loader = DataLoader(source, batch_size=None, num_workers=2, collate_fn=dict)
-    assert sorted(numbers(iter(loader))) == [n for n in range(1, 40, 2) if survives(n)]
 
 
 def test_what_is_changed_or_left_out_is_counted(caplog: pytest.LogCaptureFixture) -> None:
@@ -212,14 +173,26 @@ def test_rows_do_not_show_where_they_came_from() -> None:
     assert example["columns"] == ["number"]  # type: ignore[typeddict-item]
 
 
-def test_the_state_of_another_share_is_refused() -> None:
-    state = stream(40).shard(0, 2).state_dict()
+def test_the_state_of_another_mixture_is_refused() -> None:
+    streams = stream(4), stream(4)
+    state = mix(streams, [1, 2]).state_dict()  # type: ignore[union-attr]
     for other in (
-        stream(40).shard(1, 2),
-        stream(40).shard(0, 4),
-        stream(40).shard(0, 2).shuffle(10, seed=0),
+        mix(streams, [1, 1]),
+        mix(streams, [1, 2], seed=1),
+        mix(streams, [1, 2], until=9),
     ):
-        with pytest.raises(UserError, match="rank 0 of 2"):
-            other.load_state_dict(state)
-    with pytest.raises(UserError, match="shuffle buffer of 0"):
-        stream(40).shuffle(0, seed=0)
+        with pytest.raises(UserError, match="other weights, `until` or seed"):
+            other.load_state_dict(state)  # type: ignore[union-attr]
+
+
+def test_what_cannot_be_read_is_named_by_its_row() -> None:
+    def rows(starts: list[int]) -> Iterator[dict[str, int]]:
+        yield {"number": 1}
+        b"\xff".decode()
+
+    data = datasets.IterableDataset.from_generator(rows, gen_kwargs={"starts": [0]})
+    source = RowStream(Rows(data, None, name="hub/data"), encode, max_length=None)
+    with pytest.raises(
+        UserError, match="^hub/data, row 2: it cannot be read .*utf-8.* nor skipped"
+    ):
+        list(source)

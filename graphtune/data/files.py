@@ -1,4 +1,4 @@
-"""Text files read row by row with the standard library, so that every problem has a line.
+"""Local files read row by row, so that every problem has a row and a line.
 
 Arrow reads whole blocks and gives up on a file with one broken line or with columns that change
 type. Where it does, and where rows are streamed, the file is read here. A row that cannot be
@@ -17,6 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+import datasets
+import pyarrow as pa
+from datasets import Dataset as Table
+from datasets import IterableDataset as Stream
 from pyarrow import parquet
 
 from graphtune.errors import UserError
@@ -25,7 +29,12 @@ Row = Mapping[str, Any]
 SampleBy = Literal["line", "paragraph", "document"]
 
 UNREADABLE = "unreadable row"
+PLACE = "__place__"
+"""The column of streamed rows that says where each came from; taken off before use."""
+
 ROW_LIMIT = 64 * 2**20  # bytes of a line, characters of a text: far above any document
+
+_PARQUET_ROWS = 256  # that are in memory at a time
 
 KINDS = {
     ".json": "json",
@@ -50,7 +59,7 @@ def unreadable(problem: str, field: str = "row") -> Row:
 
 
 def scan(path: str, sample_by: SampleBy = "line") -> Iterator[tuple[int, Row]]:
-    """The rows of a `.json`, `.jsonl`, `.csv` or `.txt` file, each with its line, from 1.
+    """The rows of a file of one of `KINDS`, each with its line, from 1 (of Parquet, its row).
 
     Lines without text are no rows. A `.json` file may be a list of rows, or have one
     row after another.
@@ -59,6 +68,9 @@ def scan(path: str, sample_by: SampleBy = "line") -> Iterator[tuple[int, Row]]:
         UserError: a `.json` file whose list breaks off, after which no row can be found.
     """
     kind = kind_of(path)
+    if kind == "parquet":
+        yield from _scan_parquet(path)
+        return
     with _open(path) as stream:
         if kind == "csv":
             yield from _scan_csv(stream, "\t" if ".tsv" in path.lower() else ",")
@@ -197,6 +209,70 @@ def _scan_text(stream: BinaryIO, sample_by: SampleBy) -> Iterator[tuple[int, Row
             lines = []
     if lines:
         yield start, {"text": "\n".join(lines)}
+
+
+def _scan_parquet(path: str) -> Iterator[tuple[int, Row]]:
+    number = 0
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(_PARQUET_ROWS):
+            for index in range(len(batch)):
+                number += 1
+                yield number, _parquet_row(batch, index)
+
+
+def _parquet_row(batch: pa.RecordBatch, index: int) -> Row:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[index].as_py()
+        except UnicodeDecodeError as error:
+            return unreadable(f"not valid UTF-8 ({error.reason})", name)
+    return row
+
+
+def text_table(paths: list[str], sample_by: SampleBy) -> Table:
+    """CSV or plain text files as a table of text; ValueError where a row does not fit."""
+    columns = dict.fromkeys(column for path in paths for column in _columns(path, sample_by))
+    table = Table.from_generator(
+        _readable,
+        features=datasets.Features({column: datasets.Value("string") for column in columns}),
+        gen_kwargs={"paths": [tuple(paths)], "stats": [file_stats(paths)], "sample_by": sample_by},
+    )
+    assert isinstance(table, Table)
+    return table
+
+
+def _columns(path: str, sample_by: SampleBy) -> Iterable[str]:
+    _, first = next(scan(path, sample_by), (0, {}))
+    return first
+
+
+def _readable(paths: list[tuple[str, ...]], stats: Any, sample_by: SampleBy) -> Iterator[Row]:
+    """`stats` is there for the cache's key alone."""
+    for path in paths[0]:
+        for _, row in scan(path, sample_by):
+            if UNREADABLE in row:
+                raise ValueError(row[UNREADABLE])
+            yield row
+
+
+def scan_streams(files: Mapping[str, list[str]], sample_by: SampleBy) -> dict[str, Stream]:
+    return {
+        split: Stream.from_generator(_placed, gen_kwargs={"paths": paths, "sample_by": sample_by})
+        for split, paths in files.items()
+    }
+
+
+def _placed(paths: list[str], sample_by: SampleBy) -> Iterator[Row]:
+    for path in paths:
+        for number, (line, row) in enumerate(scan(path, sample_by), start=1):
+            yield {**row, PLACE: place_name(path, number, line)}
+
+
+def file_stats(paths: Iterable[str]) -> list[tuple[str, int, int]]:
+    """Path, size and time of change (ns) of each file."""
+    stats = [(path, os.stat(path)) for path in paths]
+    return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
 def find_row(
