@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from graphtune.errors import UserError
 from graphtune.losses import cross_entropy, labelled_tokens
 from graphtune.program import Program
 from graphtune.quantization import recompute_in_backward
+from graphtune.recomputation import as_tagged, by_region
 from graphtune.torch_private import salted_cache
 from graphtune.training.optimizers import OptimizerInBackward
 
@@ -25,7 +29,7 @@ Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class NotFinite(RuntimeError):
-    """A loss or a gradient is infinite or not a number; the optimizer has not stepped."""
+    """A loss or a gradient is infinite or not a number; no parameter has become so."""
 
 
 def plan_hash(program: Program) -> str:
@@ -36,6 +40,13 @@ def plan_hash(program: Program) -> str:
     """
     plan = [version("graphtune"), *((row.name, dict(row.options)) for row in program.ledger)]
     return hashlib.sha256(json.dumps(plan, default=str, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save_batches(batches: Sequence[Batch], path: Path) -> None:
+    """Save batches as safetensors, `name` of batch i as `i.name`, such as those of a bad step."""
+    save_file(
+        {f"{i}.{k}": t.contiguous() for i, b in enumerate(batches) for k, t in b.items()}, path
+    )
 
 
 class TrainStep:
@@ -58,24 +69,27 @@ class TrainStep:
         self.loss = loss
         self.clip_grad_norm = clip_grad_norm
         self.parameters = list(program.trainable_parameters())
+        self._updates_in_backward = isinstance(optimizer, OptimizerInBackward)
         self._tag = plan_hash(program)
+        self._uncompiled = by_region(program)
         self._compiled = torch.compile(self._eager_loss_sum, fullgraph=True) if compile else None
 
     def _eager_loss_sum(self, batch: Batch) -> Tensor:
-        logits = self.program(
-            batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
-        )
+        return self._loss_sum_of(self.program, batch)
+
+    def _loss_sum_of(self, program: Program, batch: Batch) -> Tensor:
+        logits = program(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
         return self.loss(logits, batch["labels"], batch.get("weights"))
 
     def _plain_loss_sum(self, batch: Batch) -> Tensor:
         with recompute_in_backward():  # what the compiler does by the graph's tags
-            return self._eager_loss_sum(batch)
+            return self._loss_sum_of(self._uncompiled, batch)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Loss summed over the batch's labelled tokens, differentiable."""
         if self._compiled is None:
             return self._plain_loss_sum(batch)
-        with salted_cache(self._tag):
+        with salted_cache(self._tag), as_tagged(self.program):
             return self._compiled(batch)
 
     def __call__(
@@ -89,16 +103,17 @@ class TrainStep:
                 optional `weights` float32 (batch, seq) of the labels; or several such, whose
                 gradients are added up. The loss is the (weighted) mean over all labelled tokens
                 of all of them, as if they were one batch.
-
             loss_limit: a step whose loss is above it is left out: the optimizer does not step.
 
         Returns:
             `loss` in nats per token; `tokens`, how many were labelled; `grad_norm`, the gradient's
-            2-norm before clipping; `skipped`, 1, if the step was left out.
+            2-norm before clipping; `skipped`, 1, if the step was left out (an optimizer in
+            backward then has no gradient, and its norm is 0).
 
         Raises:
             UserError: no token is labelled.
-            NotFinite: the loss or the gradient is; no parameter was changed.
+            NotFinite: the loss or the gradient is; no parameter was changed. (Of an optimizer in
+                backward, those were whose gradients came first, and were finite.)
         """
         micro_batches = [batch] if isinstance(batch, Mapping) else list(batch)
         tokens = int(sum(labelled_tokens(one["labels"]) for one in micro_batches))
@@ -113,8 +128,10 @@ class TrainStep:
         loss = torch.zeros((), device=self.parameters[0].device)
         for one in micro_batches:
             part = self.loss_sum(one) / weight
-            part.backward()
             loss += part.detach()
+            if self._updates_in_backward and not loss.item() <= min(loss_limit, sys.float_info.max):
+                break  # afterwards it would be too late
+            part.backward()
         grad_norm = float(self._clip())
         metrics = {"loss": loss.item(), "tokens": tokens, "grad_norm": grad_norm}
         if not math.isfinite(metrics["loss"] + grad_norm):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._functorch import config as functorch_config
 from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled as _wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -83,6 +84,15 @@ def salted_cache(salt: str) -> AbstractContextManager:
     `torch.compiler.config.cache_key_tag`, is public; changing it for a while is not.
     """
     return torch.compiler.config.patch(cache_key_tag=salt)  # type: ignore[attr-defined]
+
+
+def memory_budget(budget: float) -> AbstractContextManager:
+    """Within it, the partitioner of a step that is compiled keeps this share of activations.
+
+    The public `torch.autograd.graph.region_activation_memory_budget` is a prototype, and works
+    only within what is compiled; what a tag on a node says of it does not survive.
+    """
+    return functorch_config.patch(activation_memory_budget=budget)
 
 
 def size_symbol(size: int | torch.SymInt) -> str | None:

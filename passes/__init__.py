@@ -1,5 +1,6 @@
 """Passes: one file for each technique. `registry` is what configs name."""
 
+from graphtune.passes.activation_checkpoint import ActivationCheckpoint
 from graphtune.passes.adapters import SetAdapter
 from graphtune.passes.base import Pass, Stage
 from graphtune.passes.dora import DoRA
@@ -20,10 +21,12 @@ _ALL: tuple[type[Pass], ...] = (
     Freeze,
     NEFTune,
     Merge,
+    ActivationCheckpoint,
 )
 registry: dict[str, type[Pass]] = {one.name: one for one in _ALL}
 
 __all__ = [
+    "ActivationCheckpoint",
     "DoRA",
     "Freeze",
     "Full",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from graphtune.capture import capture
 from graphtune.config import (
@@ -24,7 +24,9 @@ from graphtune.config import load_config as read_config
 from graphtune.errors import UserError
 from graphtune.export.hf import to_hf
 from graphtune.export.peft import CONFIG, from_peft, to_peft
+from graphtune.models import load_config as load_model_config
 from graphtune.models import load_model, load_tokenizer, resolve_dtype
+from graphtune.models.families import published_config
 from graphtune.passes import Pass, Stage, registry
 from graphtune.passes.adapters import adapter_names
 from graphtune.program import Program
@@ -57,8 +59,16 @@ def origin(model: ModelConfig) -> dict[str, Any]:
     return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
 
 
-def empty_model(model: ModelConfig, device: torch.device) -> nn.Module:
-    """The model without weights, in the dtype that it will have on a device."""
+def empty_model(
+    model: ModelConfig, device: torch.device, config: PretrainedConfig | None = None
+) -> nn.Module:
+    """The model without weights, in the dtype that it will have on a device.
+
+    Args:
+        model: which, and how it is loaded.
+        device: where its weights will be.
+        config: the model's own, where it is known already; see `config_to_look_at`.
+    """
     dtype = resolve_dtype(model.dtype, device)
     return load_model(
         model.id,
@@ -66,8 +76,42 @@ def empty_model(model: ModelConfig, device: torch.device) -> nn.Module:
         device="meta",
         implementation=model.implementation,
         attn_implementation=model.attn_implementation,
+        config=config,
         **origin(model),
     )
+
+
+def config_to_look_at(model: ModelConfig) -> tuple[PretrainedConfig, str]:
+    """The config of a model whose weights will not be loaded, and a note on where it is from.
+
+    The shapes of a published model are known without the hub, which may be out of reach or ask
+    for an account. They are enough to look at a graph, and never for training.
+
+    Raises:
+        UserError: there is no such model, and it is not among those that are known.
+    """
+    try:
+        return load_model_config(model.id, **origin(model)), ""
+    except UserError:
+        config = published_config(model.id)
+        if config is None:
+            raise
+        note = "its config cannot be read here (no hub, or no access): the published shapes instead"
+        return config, f"{model.id}: {note}"
+
+
+def check_length(cfg: SFTConfig, config: PretrainedConfig) -> None:
+    """Raise UserError if a row of the config's is longer than its model's positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and cfg.loader.length > positions:
+        raise UserError(
+            f"`loader.length={cfg.loader.length}` is more than the {positions} positions of "
+            f"{cfg.model.id}; choose at most {positions}"
+        )
+
+
+# Passes for the time of training: what was trained is the same without them.
+_LEAVE_NOTHING = {"neftune", "activation_checkpoint"}
 
 
 def save_trained(program: Program, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
@@ -77,7 +121,7 @@ def save_trained(program: Program, tokenizer: PreTrainedTokenizerBase, run: Run)
     that only graphtune knows), the trained parameters by name, as safetensors.
     """
     trained = {name: p for name, p in program.named_parameters() if p.requires_grad}
-    kinds = {row.name for row in program.ledger}
+    kinds = {row.name for row in program.ledger} - _LEAVE_NOTHING
     adapters = adapter_names(program)
     if adapters and kinds <= {"quantize", "lora", "dora", "set_adapter", "freeze"}:
         for name in adapters:

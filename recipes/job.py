@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,15 +12,31 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from graphtune.config import Component, LoaderConfig, SFTConfig, validate
+from graphtune.config import (
+    Component,
+    LoaderConfig,
+    SFTConfig,
+    instantiate,
+    load_config,
+    to_plain,
+    validate,
+)
 from graphtune.data import Batching, Dataset, Loader, StreamingDataset, mix
 from graphtune.errors import UserError
 from graphtune.models import load_tokenizer
 from graphtune.passes import Pass
+from graphtune.program import Program
 from graphtune.recipes import empty_model, make_passes, origin
+from graphtune.recipes.generate import encode_chat
 from graphtune.training.checkpoint_files import to_resume
 from graphtune.training.device import pick_device
+from graphtune.training.loggers import check_loggers
+from graphtune.training.memory import check_fits, largest_batch
+from graphtune.training.optimizers import OptimizerInBackward
+from graphtune.training.parameter_groups import ParameterGroup, parameter_groups
 from graphtune.training.run import Run
+from graphtune.training.schedules import schedule
+from graphtune.training.state import saved_counters
 
 Data = Dataset | StreamingDataset
 
@@ -36,6 +53,8 @@ class Job:
     dataset: Data
     dataset_val: Data | None
     retention: Data | None
+    resume_from: Path | None  # checkpoint
+    batch_size: int | None  # None: `choose_batch_size` finds it
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -71,10 +90,11 @@ def prepare(config: DictConfig) -> Job:
     """
     cfg = validate(config, SFTConfig)
     run = Run(cfg.output_dir)
-    if cfg.resume is None:
+    if not goes_on_in_place(cfg):
         run.refuse_used()
-    else:
-        to_resume(cfg.resume, run.checkpoint_dir)
+    resume_from = to_resume(cfg.resume, run.checkpoint_dir)
+    counters = {} if resume_from is None else saved_counters(resume_from, to_plain(cfg))
+    check_loggers(cfg.loggers)
     device = pick_device(cfg.device)
     passes = make_passes(cfg.passes)
     empty = empty_model(cfg.model, device)
@@ -87,6 +107,7 @@ def prepare(config: DictConfig) -> Job:
     for one in passes:
         one.check(empty)
     tokenizer = load_tokenizer(cfg.model.id, **origin(cfg.model))
+    check_samples(cfg, tokenizer, positions)
     dataset = read_data(cfg.dataset, tokenizer, cfg)
     if isinstance(dataset, StreamingDataset) and cfg.max_steps is None:
         raise UserError("`max_steps` must be set: how long a stream is cannot be known")
@@ -100,6 +121,7 @@ def prepare(config: DictConfig) -> Job:
         raise UserError(f"`{key}` needs held-out data: set `dataset_val`")
     if cfg.early_stopping and not cfg.validate_every:
         raise UserError("`early_stopping` needs `validate_every`, the steps between validations")
+    chosen = cfg.loader.batch_size
     return Job(
         config=cfg,
         device=device,
@@ -109,7 +131,43 @@ def prepare(config: DictConfig) -> Job:
         dataset=dataset,
         dataset_val=validation,
         retention=read(cfg.retention),
+        resume_from=resume_from,
+        batch_size=counters.get("batch_size") if chosen == "auto" else chosen,
     )
+
+
+def goes_on_in_place(cfg: SFTConfig) -> bool:
+    """Whether a run is gone on with in its own folder; from elsewhere, a new one begins."""
+    if cfg.resume in (None, "auto"):
+        return cfg.resume == "auto"
+    return Path(cfg.resume).resolve().is_relative_to(Path(cfg.output_dir).resolve())
+
+
+def has_ended(config: DictConfig) -> bool:
+    """Whether `resume=auto` finds a run that has ended, and nothing says that it shall go on."""
+    cfg = validate(config, SFTConfig)
+    run = Run(cfg.output_dir)
+    if cfg.resume != "auto" or not run.summary():
+        return False
+    was = validate(load_config(str(run.config_file)), SFTConfig)
+    limits = ("epochs", "max_steps", "early_stopping")
+    return all(getattr(was, name) == getattr(cfg, name) for name in limits)
+
+
+def check_samples(
+    cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None
+) -> None:
+    """Raise UserError if a prompt and its answer do not fit into the model's positions."""
+    if cfg.samples is None or positions is None:
+        return
+    for index, prompt in enumerate(cfg.samples.prompts):
+        tokens = len(encode_chat(tokenizer, prompt, None))
+        if tokens + cfg.samples.max_new_tokens > positions:
+            raise UserError(
+                f"`samples.prompts[{index}]` has {tokens} tokens, which with "
+                f"`samples.max_new_tokens={cfg.samples.max_new_tokens}` are more than the "
+                f"{positions} positions of {cfg.model.id}; lower one of them"
+            )
 
 
 def read_data(
@@ -117,6 +175,11 @@ def read_data(
 ) -> Data:
     """A config's data set; several are mixed by their weights, or laid end to end without."""
     if isinstance(source, Component):
+        if "max_length" in source.arguments:
+            raise UserError(
+                f"`{source.key}.max_length`: a row holds `loader.length={cfg.loader.length}` tokens, "
+                "which is where examples are cut; set that, and leave this out"
+            )
         data: Data = source.build(tokenizer, max_length=cfg.loader.length)
         if not isinstance(data, StreamingDataset) and not data:
             raise UserError(f"`{source.key}` has no examples; check its source, split and filters")
@@ -141,4 +204,79 @@ def batching(options: LoaderConfig, batch_size: int, seed: int, *, shuffle: bool
         shuffle=shuffle,
         seed=seed,
         window=options.window,
+    )
+
+
+def choose_batch_size(job: Job, program: Program) -> int:
+    """The config's batch size, or for `auto` the largest that fits.
+
+    Raises:
+        UserError: a step would not fit into the device's memory.
+    """
+    cfg = job.config
+
+    def optimizer(parameters: list[nn.Parameter]) -> Any:
+        return instantiate(cfg.optimizer, [(f"parameter.{i}", p) for i, p in enumerate(parameters)])
+
+    def shape(size: int) -> tuple[int, int]:
+        length = cfg.loader.length
+        return (1, size * length) if cfg.loader.mode == "padding_free" else (size, length)
+
+    trained = sum(parameter.numel() for parameter in program.trainable_parameters())
+    extra = 0 if cfg.ema_decay is None else 4 * trained
+    if job.batch_size is None:
+        return largest_batch(program, shape, job.device, extra=extra, optimizer=optimizer)
+    check_fits(
+        program,
+        shape(job.batch_size),
+        job.device,
+        compiled=cfg.compile,
+        in_backward=cfg.optimizer_in_backward,
+        extra=extra,
+        optimizer=optimizer,
+    )
+    return job.batch_size
+
+
+def make_optimizer(program: Program, cfg: SFTConfig) -> torch.optim.Optimizer:
+    """The optimizer over what trains; in groups, where the config has some."""
+    trained = [(name, p) for name, p in program.named_parameters() if p.requires_grad]
+    given: Any = trained
+    if cfg.parameter_groups:
+        lr = cfg.optimizer.arguments.get("lr")
+        if lr is None:
+            raise UserError("`parameter_groups` multiply a learning rate: set `optimizer.lr`")
+        groups = [
+            ParameterGroup(tuple(one.parameters), one.lr_ratio, one.weight_decay)
+            for one in cfg.parameter_groups
+        ]
+        given = parameter_groups(trained, groups, lr=lr)
+    optimizer = instantiate(cfg.optimizer, given)
+    if cfg.ema_decay is not None and hasattr(optimizer, "eval"):
+        raise UserError("`ema_decay`: a schedule-free optimizer averages by itself; set it to null")
+    if not cfg.optimizer_in_backward:
+        return optimizer
+    if cfg.gradient_accumulation_steps > 1 or cfg.clip_grad_norm is not None:
+        raise UserError(
+            "`optimizer_in_backward=true` updates before all gradients are there: set "
+            "`gradient_accumulation_steps=1` and `clip_grad_norm=null`"
+        )
+    return OptimizerInBackward(optimizer)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, cfg: SFTConfig, steps: int) -> Any:
+    """The learning-rate schedule, stepped once for each optimizer step; None for no schedule."""
+    options = cfg.lr_scheduler
+    if options is None or isinstance(options, Component):
+        return instantiate(options, optimizer)
+    warmup = options.warmup_steps
+    if warmup is None:
+        warmup = round(options.warmup_ratio * steps)
+    return schedule(
+        optimizer,
+        options.name,
+        steps=steps,
+        warmup_steps=warmup,
+        min_ratio=options.min_ratio,
+        decay_steps=round(options.decay_ratio * steps) if options.name == "wsd" else 0,
     )

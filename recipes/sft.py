@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,39 +16,42 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
-from safetensors.torch import save_file
 
 from graphtune.capture import capture
-from graphtune.config import Component, SFTConfig, instantiate, to_plain, to_yaml
+from graphtune.config import to_plain, to_yaml
 from graphtune.data import Batch, Loader
-from graphtune.engine import NotFinite, TrainStep, compile_step
-from graphtune.errors import UserError
+from graphtune.engine import NotFinite, TrainStep, compile_step, save_batches
 from graphtune.losses import cross_entropy
 from graphtune.program import Program
 from graphtune.recipes import save_trained
 from graphtune.recipes.generate import encode_chat, generate, stop_ids
-from graphtune.recipes.job import Data, Job, prepare
+from graphtune.recipes.job import (
+    Data,
+    Job,
+    choose_batch_size,
+    goes_on_in_place,
+    has_ended,
+    make_optimizer,
+    make_scheduler,
+    prepare,
+)
 from graphtune.training.checkpoint import Checkpointer
-from graphtune.training.checkpoint_files import to_resume
 from graphtune.training.clock import Clock
 from graphtune.training.determinism import seed_everything
 from graphtune.training.ema import EMA, evaluation_weights, start_training
 from graphtune.training.evaluate import evaluate_loss
 from graphtune.training.loggers import Loggers
-from graphtune.training.memory import check_fits, explaining_out_of_memory, largest_batch
-from graphtune.training.optimizers import OptimizerInBackward
-from graphtune.training.parameter_groups import ParameterGroup, parameter_groups
+from graphtune.training.memory import explaining_out_of_memory
 from graphtune.training.profiling import StepProfiler
 from graphtune.training.progress import TrainingProgress
+from graphtune.training.results import print_results
 from graphtune.training.run import Run
-from graphtune.training.schedules import schedule
 from graphtune.training.signals import StopSignals
 from graphtune.training.state import TrainState
-from graphtune.training.throughput import Meter
+from graphtune.training.throughput import Meter, totals
 from graphtune.weights import load_weights
 
 NO_PROFILE = {"start": 0, "steps": 0}
-RETENTION_LIMIT = 1.10  # times its perplexity on unrelated text that a model may end with
 
 
 def run(config: DictConfig) -> Run:
@@ -63,70 +65,55 @@ def run(config: DictConfig) -> Run:
             not fit into memory, before weights are loaded.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when the run has been saved.
     """
-    console = Console()
+    console = Console(highlight=False)
+    if has_ended(config):
+        console.print(
+            f"the run in {config.output_dir} has ended; to train on, raise `max_steps` or `epochs`"
+        )
+        return Run(config.output_dir)
     clock = Clock(console)
     with clock.phase("prepare", "reading config and data"):
         job = prepare(config)
     cfg = job.config
-    run = Run.create(cfg.output_dir, to_yaml(cfg), resume=cfg.resume is not None)
     seed_everything(cfg.seed, cfg.deterministic)
     with clock.phase("capture", "capturing the graph"):
         program = capture(job.empty)
     with clock.phase("passes", "applying passes"):
         program = program.apply(*job.passes)
-        make_scheduler(make_optimizer(program, cfg), cfg, 100)  # fails here, not after loading
     with clock.phase("memory", "estimating memory"):
-        batch_size = choose_batch_size(program, job, console)
+        batch_size = choose_batch_size(job, program)
+        loader = job.loader(job.dataset, batch_size, train=True)
+        make_scheduler(make_optimizer(program, cfg), cfg, job.steps(loader))  # fails here, or never
     with clock.phase("load", "loading weights"):
         program = load_weights(program, device=job.device, **job.origin)
-    console.print(program, highlight=False)
+    run = Run.create(cfg.output_dir, to_yaml(cfg), resume=goes_on_in_place(cfg))
+    console.print(f"{program}\nbatches of {batch_size}, {job.steps(loader)} steps")
 
     with explaining_out_of_memory(batch_size, cfg.loader.length):
-        training = set_up(program, job, batch_size)
+        training = set_up(program, job, loader)
         with clock.phase("compile", "compiling the step, and checking its gradients"):
             warm_up(training)
-        if (found := to_resume(cfg.resume, run.checkpoint_dir)) is not None:
-            training.state.restore(found)  # last of all: it sets the random number generators
-            start_training(training.optimizer)
-            run.rewind(training.state.step)
-            console.print(f"going on from {found}", highlight=False)
-        if "before" not in training.state.counters:
+        go_on(training, run, console)
+        counters = training.state.counters
+        if "before" not in counters:
             with clock.phase("evaluate", "evaluating before training"):
-                training.state.counters["before"] = evaluate(training)
+                counters["before"] = evaluate(training)
         try:
-            trained = train(training, run, clock, console)
-        finally:  # also after Ctrl-C, or an error in the middle of the night
-            with clock.phase("save", "saving"):
-                save(training, run)
+            interrupted = train(training, run, clock, console)
+        except Exception:  # in the middle of the night: keep what was learned until then
+            save(training, run, clock)
+            raise
+        save(training, run, clock)
+        if interrupted:
+            raise KeyboardInterrupt
         with clock.phase("evaluate", "evaluating after training"):
             after = evaluate(training)
-    report(run, training.state.counters["before"], after, trained, clock, console)
+    trained = {"steps": training.state.step, **totals(counters)}
+    results = {"before": counters["before"], "after": after, "train": trained}
+    print_results(results, clock.seconds, console)
+    run.write_summary({**results, "seconds": clock.seconds})
+    console.print(f"saved in {run.folder}")
     return run
-
-
-def choose_batch_size(program: Program, job: Job, console: Console) -> int:
-    """The config's batch size, or the largest that fits; refuses a run that cannot fit."""
-    cfg, options = job.config, job.config.loader
-
-    def optimizer(parameters: list[torch.nn.Parameter]) -> Any:
-        named = [(f"parameter.{index}", parameter) for index, parameter in enumerate(parameters)]
-        return instantiate(cfg.optimizer, named)
-
-    if options.batch_size == "auto":
-        size = largest_batch(program, options.length, job.device, optimizer=optimizer)
-        console.print(f"`loader.batch_size=auto` is {size}", highlight=False)
-        return size
-    estimate = check_fits(
-        program,
-        options.batch_size,
-        options.length,
-        job.device,
-        compiled=cfg.compile,
-        optimizer=optimizer,
-    )
-    at_most = "at most " if cfg.compile else ""
-    console.print(f"a step takes {at_most}{estimate.total / 2**30:.2f} GiB", highlight=False)
-    return options.batch_size
 
 
 @dataclass
@@ -148,10 +135,9 @@ class Training:
         return iter(self.job.loader(data, self.loader.batching.batch_size))
 
 
-def set_up(program: Program, job: Job, batch_size: int) -> Training:
-    """Optimizer, schedule, step and loader of a job, about to take the first step."""
+def set_up(program: Program, job: Job, loader: Loader) -> Training:
+    """Optimizer, schedule and step of a job, about to take the first step."""
     cfg = job.config
-    loader = job.loader(job.dataset, batch_size, train=True)
     steps = job.steps(loader)
     optimizer = make_optimizer(program, cfg)
     scheduler = make_scheduler(optimizer, cfg, steps)
@@ -165,65 +151,85 @@ def set_up(program: Program, job: Job, batch_size: int) -> Training:
     state = TrainState(
         program, [optimizer], to_plain(cfg), {k: v for k, v in parts.items() if v is not None}
     )
+    state.counters["batch_size"] = loader.batching.batch_size  # if it was chosen, it stays
     return Training(job, program, optimizer, scheduler, ema, step, loader, steps, state)
 
 
-def train(training: Training, run: Run, clock: Clock, console: Console) -> dict[str, float]:
+def warm_up(training: Training) -> None:
+    """Compile on the first batch; compiled loss and gradients must be the eager ones."""
+    if training.job.config.compile:
+        training.step.check(training.loader.peek())
+
+
+def go_on(training: Training, run: Run, console: Console) -> None:
+    """Go on where a checkpoint was taken, if the config says so and there is one.
+
+    Last of all before training: it sets the random number generators.
+    """
+    if (found := training.job.resume_from) is not None:
+        training.state.restore(found)
+        start_training(training.optimizer)
+        console.print(f"going on from {found}")
+    run.rewind(training.state.step)
+
+
+def train(training: Training, run: Run, clock: Clock, console: Console) -> bool:
     """The training loop; logs, validates and saves as the config says.
 
     Returns:
-        `steps`, `tokens` (that are not padding) and `tokens_per_s` of the run so far.
+        Whether a signal ended it.
     """
     cfg, state = training.job.config, training.state
-    counters = state.counters
-    meter = Meter(training.program, counters, training.job.device)
+    meter = Meter(training.program, state.counters, training.job.device)
     with ExitStack() as stack:
         stack.enter_context(clock.phase("train", "training"))
         loggers = Loggers(cfg.loggers, run.folder, to_plain(cfg))
         stack.callback(loggers.close)
-        checkpoints = stack.enter_context(make_checkpointer(cfg, run))
-        stop = stack.enter_context(StopSignals(lambda m: console.print(m, highlight=False)))
+        checkpoints = Checkpointer(run.checkpoint_dir, **to_plain(cfg.checkpoint))
+        stack.enter_context(checkpoints)
+        stop = stack.enter_context(StopSignals(console.print))
         progress = stack.enter_context(TrainingProgress(training.steps, console))
         profiler = StepProfiler(run.folder / "profile.json", **to_plain(cfg.profile or NO_PROFILE))
         stack.callback(profiler.close)
 
-        def log(metrics: dict[str, Any]) -> None:
-            run.log({"step": state.step, **metrics})
-            loggers.log(state.step, metrics)
-
+        left = 0 if stops_early(training) else max(0, training.steps - state.step)
         groups = micro_batches(training.loader, cfg.epochs, cfg.gradient_accumulation_steps)
-        for group in itertools.islice(groups, training.steps - state.step):
+        for group in itertools.islice(groups, left):
             profiler.before(state.step + 1)
             with meter.timing(group) as speed:
                 metrics = take_step(training, group, run)
             metrics |= speed
-            if state.step % cfg.log_every == 0 or state.step == training.steps:
-                log(metrics)
+            heldout = None
+            if cfg.validate_every and state.step % cfg.validate_every == 0:
+                heldout = metrics["heldout_loss"] = validate(training)
+            if cfg.samples and state.step % cfg.samples.every_steps == 0:
+                write_samples(training, run, console)
+            enough = stops_early(training)
+            last = enough or stop.requested or state.step == training.steps
+            if last or heldout is not None or state.step % cfg.log_every == 0:
+                run.log({"step": state.step, **metrics})
+                loggers.log(state.step, metrics)
+                spent = state.counters["seconds"] / state.step
                 progress.update(
                     state.step,
                     loss=metrics["loss"],
                     tokens_per_s=metrics["tokens_per_s"],
                     memory=metrics["peak_memory_bytes"],
-                    eta_s=counters["seconds"] / state.step * (training.steps - state.step),
+                    eta_s=spent * (training.steps - state.step),
                 )
-            heldout = None
-            if cfg.validate_every and state.step % cfg.validate_every == 0:
-                heldout = evaluate(training, retention=False)["heldout_loss"]
-                log({"heldout_loss": heldout})
-            if cfg.samples and state.step % cfg.samples.every_steps == 0:
-                write_samples(training, run, console)
-            enough = stops_early(training, heldout)
             is_ranked = heldout is not None and cfg.checkpoint.keep_best > 0
-            if checkpoints.due(state.step) or stop.requested or is_ranked:
+            if checkpoints.due(state.step) or is_ranked:
                 checkpoints.save(state, metric=heldout)
-            if stop.requested:
-                raise KeyboardInterrupt
             if enough:
                 console.print(f"stopping early: no new best in {cfg.early_stopping}")
+            if enough or stop.requested:
                 break
-    seconds = max(counters.get("seconds", 0.0), 1e-9)
-    tokens = counters.get("tokens", 0)
-    return {"steps": state.step, "tokens": tokens, "tokens_per_s": tokens / seconds}
+        else:
+            if state.step < training.steps and left:
+                console.print(f"the data ended before step {training.steps}")
+        if stop.requested or cfg.checkpoint.every_steps or cfg.checkpoint.every_minutes:
+            checkpoints.save(state)  # also at the end: to train on from there
+    return stop.requested
 
 
 def micro_batches(loader: Loader, epochs: int, size: int) -> Iterator[list[Batch]]:
@@ -244,78 +250,47 @@ def take_step(training: Training, group: list[Batch], run: Run) -> dict[str, Any
     state, counters = training.state, training.state.counters
     lr = float(training.optimizer.param_groups[0]["lr"])  # some keep a tensor
     limit, spikes = math.inf, training.job.config.skip_spikes
-    recent = counters.setdefault("recent_losses", [])
+    recent = counters.get("recent_losses", [])
     if spikes and len(recent) == spikes.window:
         limit = spikes.factor * sum(recent) / len(recent)
     try:
-        metrics = training.step(group, loss_limit=limit)
+        metrics: dict[str, Any] = training.step(group, loss_limit=limit)
     except NotFinite as error:
         path = run.folder / f"bad_batch_step_{state.step + 1}.safetensors"
-        tensors = {f"{i}.{k}": t.contiguous() for i, b in enumerate(group) for k, t in b.items()}
-        save_file(tensors, path)
+        save_batches(group, path)
         raise RuntimeError(f"step {state.step + 1}: {error}; its batch is in {path}") from error
     state.step += 1
-    if spikes and "skipped" not in metrics:
-        counters["recent_losses"] = [*recent, metrics["loss"]][-spikes.window :]
+    skipped = metrics.pop("skipped", 0)
+    if spikes:
+        metrics["skipped_steps"] = counters["skipped_steps"] = (
+            counters.get("skipped_steps", 0) + skipped
+        )
+        if not skipped:
+            counters["recent_losses"] = [*recent, metrics["loss"]][-spikes.window :]
     if training.scheduler is not None:
         training.scheduler.step()
-    if training.ema is not None:
+    if training.ema is not None and not skipped:
         training.ema.update()
     return {**metrics, "lr": lr}
 
 
-def make_optimizer(program: Program, cfg: SFTConfig) -> torch.optim.Optimizer:
-    """The optimizer over what trains; in groups, where the config has some."""
-    trained = [(name, p) for name, p in program.named_parameters() if p.requires_grad]
-    given: Any = trained
-    if cfg.parameter_groups:
-        lr = cfg.optimizer.arguments.get("lr")
-        if lr is None:
-            raise UserError("`parameter_groups` multiply a learning rate: set `optimizer.lr`")
-        groups = [
-            ParameterGroup(tuple(one.parameters), one.lr_ratio, one.weight_decay)
-            for one in cfg.parameter_groups
-        ]
-        given = parameter_groups(trained, groups, lr=lr)
-    optimizer = instantiate(cfg.optimizer, given)
-    if cfg.ema_decay is not None and hasattr(optimizer, "eval"):
-        raise UserError("`ema_decay`: a schedule-free optimizer averages by itself; set it to null")
-    if not cfg.optimizer_in_backward:
-        return optimizer
-    if cfg.gradient_accumulation_steps > 1 or cfg.clip_grad_norm is not None:
-        raise UserError(
-            "`optimizer_in_backward=true` updates before all gradients are there: set "
-            "`gradient_accumulation_steps=1` and `clip_grad_norm=null`"
-        )
-    return OptimizerInBackward(optimizer)
+def validate(training: Training) -> float:
+    """The held-out loss; counts how long it has had no new best."""
+    loss = evaluate(training, retention=False)["heldout_loss"]
+    options, counters = training.job.config.early_stopping, training.state.counters
+    least = options.min_delta if options else 0.0
+    if loss < counters.get("best_heldout", math.inf) - least:
+        counters |= {"best_heldout": loss, "validations_since_best": 0}
+    else:
+        counters["validations_since_best"] = counters.get("validations_since_best", 0) + 1
+    return loss
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, cfg: SFTConfig, steps: int) -> Any:
-    """The learning-rate schedule, stepped once for each optimizer step; None for no schedule."""
-    options = cfg.lr_scheduler
-    if options is None or isinstance(options, Component):
-        return instantiate(options, optimizer)
-    warmup = options.warmup_steps
-    if warmup is None:
-        warmup = round(options.warmup_ratio * steps)
-    return schedule(
-        optimizer,
-        options.name,
-        steps=steps,
-        warmup_steps=warmup,
-        min_ratio=options.min_ratio,
-        decay_steps=round(options.decay_ratio * steps) if options.name == "wsd" else 0,
-    )
-
-
-def make_checkpointer(cfg: SFTConfig, run: Run) -> Checkpointer:
-    return Checkpointer(run.checkpoint_dir, **to_plain(cfg.checkpoint))
-
-
-def warm_up(training: Training) -> None:
-    """Compile on the first batch; compiled loss and gradients must be the eager ones."""
-    if training.job.config.compile:
-        training.step.check(training.loader.peek())
+def stops_early(training: Training) -> bool:
+    """Whether the held-out loss has had no new best for as long as the config allows."""
+    options = training.job.config.early_stopping
+    since = training.state.counters.get("validations_since_best", 0)
+    return options is not None and since >= options.patience
 
 
 def evaluate(training: Training, *, retention: bool = True) -> dict[str, float]:
@@ -331,18 +306,6 @@ def evaluate(training: Training, *, retention: bool = True) -> dict[str, float]:
     return results
 
 
-def stops_early(training: Training, heldout: float | None) -> bool:
-    """Whether the held-out loss has had no new best for as long as the config allows."""
-    options, counters = training.job.config.early_stopping, training.state.counters
-    if options is None or heldout is None:
-        return False
-    if heldout < counters.get("best_heldout", math.inf) - options.min_delta:
-        counters |= {"best_heldout": heldout, "validations_since_best": 0}
-    else:
-        counters["validations_since_best"] = counters.get("validations_since_best", 0) + 1
-    return counters["validations_since_best"] >= options.patience
-
-
 def write_samples(training: Training, run: Run, console: Console) -> None:
     """Answer the config's prompts, to the console and `samples.jsonl`."""
     options, tokenizer = training.job.config.samples, training.job.tokenizer
@@ -353,47 +316,13 @@ def write_samples(training: Training, run: Run, console: Console) -> None:
             ids = encode_chat(tokenizer, prompt, None)
             new = generate(training.program, ids, stop=stop, max_new_tokens=options.max_new_tokens)
             answer = str(tokenizer.decode(list(new), skip_special_tokens=True))
-            line = {"step": training.state.step, "prompt": prompt, "answer": answer}
-            with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            console.print(f"{prompt!r} → {answer!r}", highlight=False, markup=False)
+            run.log_sample({"step": training.state.step, "prompt": prompt, "answer": answer})
+            console.print(f"{prompt!r} → {answer!r}", markup=False)
 
 
-def save(training: Training, run: Run) -> None:
+def save(training: Training, run: Run, clock: Clock) -> None:
     """What was trained, in the layout that others read, where there is one for it."""
-    with evaluation_weights(training.optimizer, training.ema):
+    with clock.phase("save", "saving"), evaluation_weights(training.optimizer, training.ema):
         save_trained(training.program, training.job.tokenizer, run)
-    if run.metrics():
-        run.plot_loss()
-
-
-def report(
-    run: Run,
-    before: dict[str, float],
-    after: dict[str, float],
-    trained: dict[str, float],
-    clock: Clock,
-    console: Console,
-) -> None:
-    """Write the summary, and print it."""
-    summary: dict[str, Any] = {"before": before, "after": after, "train": trained}
-    summary["seconds"] = {name: round(spent, 2) for name, spent in clock.seconds.items()}
-    run.write_summary(summary)
-    if "heldout_loss" in after:
-        drop = before["heldout_loss"] - after["heldout_loss"]
-        console.print(
-            f"held-out loss {before['heldout_loss']:.4f} → {after['heldout_loss']:.4f} "
-            f"({-drop:+.4f} nats per token)",
-            highlight=False,
-        )
-    if "retention_perplexity" in after:
-        ratio = after["retention_perplexity"] / before["retention_perplexity"]
-        verdict = "kept" if ratio <= RETENTION_LIMIT else "FORGOT: lower the rate, or train less"
-        console.print(
-            f"unrelated text, perplexity {before['retention_perplexity']:.2f} → "
-            f"{after['retention_perplexity']:.2f} ({ratio - 1:+.1%}; {verdict})",
-            highlight=False,
-        )
-    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items())
-    console.print(f"{spent}; {trained['tokens_per_s']:,.0f} tokens/s", highlight=False)
-    console.print(f"saved in {run.folder}", highlight=False)
+        if run.metrics():
+            run.plot_loss()

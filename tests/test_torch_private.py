@@ -50,3 +50,12 @@ def test_symbolic_inputs_have_free_sizes():
     assert [torch_private.size_symbol(size) for size in positions.shape] == [batch, seq]
     doubled = torch_private.propagate(ids, torch.ops.aten.cat.default, ([ids, ids], 1), {})
     assert torch_private.size_at(doubled.shape[1], {batch: 3, seq: 5}) == 10
+
+
+def test_the_partitioner_has_a_budget():
+    from torch._functorch import config
+
+    before = config.activation_memory_budget
+    with torch_private.memory_budget(0.25):
+        assert config.activation_memory_budget == 0.25
+    assert config.activation_memory_budget == before == 1

@@ -4,10 +4,12 @@ Nothing here imports torch before a subcommand needs it: help is instant.
 """
 
 from graphtune.cli import (  # noqa: F401  (each registers itself)
+    bench,
     cat,
     cp,
     data,
     download,
+    evaluate,
     export,
     generate,
     inspect,

@@ -7,16 +7,17 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from graphtune.cli.completion import config_names
+from graphtune.config import foreign_code
 from graphtune.errors import UserError
 
 app = typer.Typer(
     name="graphtune",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -25,7 +26,12 @@ app = typer.Typer(
 # which tells how to write it.
 OVERRIDES = {"ignore_unknown_options": True}
 Config = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A YAML file, or a name that `graphtune ls` lists.")
+    str,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A YAML file, or a name that `graphtune ls` lists.",
+        autocompletion=config_names,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -35,6 +41,21 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+
+
+def note(text: str) -> None:
+    """Say something that is no result of the command: on stderr, where no program reads it."""
+    print(f"graphtune: {text}", file=sys.stderr)
+
+
+def tell_foreign_code(config: Any) -> None:
+    """Say which code a config runs that is neither graphtune's nor torch's.
+
+    Args:
+        config: as plain mappings and lists.
+    """
+    for key, path in foreign_code(config):
+        note(f"`{key}` runs {path}, which is not part of graphtune or torch")
 
 
 def _print_version(wanted: bool) -> None:

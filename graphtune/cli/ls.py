@@ -1,29 +1,36 @@
 """graphtune ls: the configs that come with graphtune."""
 
+import json
+from typing import Annotated
+
+import typer
 from omegaconf import OmegaConf
 
 from graphtune.cli.app import app
-from graphtune.cli.train import recipe_names
-from graphtune.config import catalogue, load_config, models, techniques
+from graphtune.config import SCHEMAS, catalogue, load_config, models, techniques
 
 
 @app.command(rich_help_panel="Configs")
-def ls() -> None:
+def ls(
+    as_json: Annotated[bool, typer.Option("--json", help="The same for a machine.")] = False,
+) -> None:
     """List the catalogue: configs with their recipe and model, and techniques to put behind one.
 
     Example: graphtune ls
     """
-    behind = techniques()
-    rows = [("CONFIG", "RECIPE", "MODEL")]
+    rows = []
     for name in catalogue():
         if not name.startswith("techniques/"):
             config = load_config(name)
-            model = OmegaConf.select(config, "model.id", default="-")
-            rows.append((name, str(config.get("recipe", "-")), str(model)))
-    with_config = {recipe for _, recipe, _ in rows}
-    rows += [("-", recipe, "-") for recipe in recipe_names() if recipe not in with_config]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    for config_name, recipe, model in rows:
-        print(f"{config_name:<{widths[0]}}  {recipe:<{widths[1]}}  {model}")
-    if behind and (known := models()):
+            model = OmegaConf.select(config, "model.id", default=None)
+            rows.append({"config": name, "recipe": config.get("recipe"), "model": model})
+    if as_json:
+        print(json.dumps({"configs": rows, "techniques": techniques(), "recipes": list(SCHEMAS)}))
+        return
+    table = [[str(value or "-") for value in row.values()] for row in rows]
+    table.insert(0, ["CONFIG", "RECIPE", "MODEL"])
+    first, second = (max(len(line[column]) for line in table) for column in (0, 1))
+    for config_name, recipe, model in table:
+        print(f"{config_name:<{first}}  {recipe:<{second}}  {model}")
+    if (behind := techniques()) and (known := models()):
         print(f"\nTechniques, behind a model's name ({known[0]}_{behind[0]}): {', '.join(behind)}")

@@ -1,19 +1,184 @@
-"""graphtune validate: check a config without running it."""
+"""graphtune validate: everything about a config that can fail before weights are loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from omegaconf import DictConfig
 
 from graphtune.cli.app import OVERRIDES, Config, Overrides, app
-from graphtune.config import SCHEMAS, did_you_mean, load_config
+from graphtune.config import (
+    SCHEMAS,
+    Component,
+    SFTConfig,
+    did_you_mean,
+    foreign_code,
+    load_config,
+    to_plain,
+)
 from graphtune.config import validate as validate_config
 from graphtune.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FIRST = 8  # examples that are read of a data set
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        found: what it is; or why it could not be checked.
+        checked: whether it could.
+    """
+
+    name: str
+    found: str
+    checked: bool = True
+
 
 @app.command(context_settings=OVERRIDES, rich_help_panel="Configs")
-def validate(config: Config, overrides: Overrides = None) -> None:
-    """Check CONFIG: its keys, types, components and passes; nothing is loaded or run."""
-    settings = load_config(config, overrides or ())
-    recipe = str(settings.get("recipe"))
+def validate(
+    config: Config,
+    overrides: Overrides = None,
+    data: Annotated[
+        bool, typer.Option("--data/--no-data", help="Read the first rows of the data sets.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="The checks for a machine.")] = False,
+) -> None:
+    """Check all of CONFIG that can fail before weights are loaded; nothing is trained or written.
+
+    Where the hub is out of reach, the shapes of published models serve, and what else would have
+    come from it is listed as not checked.
+
+    Example: graphtune validate llama3_1/8B_qlora passes.qlora.rank=16
+    """
+    made = []
+    for check in checks(load_config(config, overrides or ()), data):
+        made.append(check)
+        if not as_json:
+            unless = "" if check.checked else "not checked: "
+            print(f"{check.name:<14}{unless}{check.found}", flush=True)
+    left = sum(not check.checked for check in made)
+    if as_json:
+        print(json.dumps({"valid": True, "checks": [asdict(check) for check in made]}))
+    else:
+        print(f"{config}: valid" + (f", but {left} not checked" if left else ""))
+
+
+def checks(config: DictConfig, data: bool) -> Iterator[Check]:
+    """Check one thing after the other; raises UserError at the first that is wrong."""
+    recipe = str(config.get("recipe"))
     if recipe not in SCHEMAS:
         raise UserError(f"unknown recipe `recipe={recipe}`{did_you_mean(recipe, SCHEMAS)}")
     from graphtune.passes import registry  # here, since it imports torch
 
-    validate_config(settings, SCHEMAS[recipe], registry)
-    print(f"{config}: valid")
+    settings: Any = validate_config(config, SCHEMAS[recipe], registry)
+    yield Check("config", f"keys, types and values of the recipe {recipe}")
+    parts = list(_components(settings))
+    yield Check("components", ", ".join(f"{part.key} {part.path}" for part in parts))
+    for key, path in foreign_code(to_plain(settings)):
+        yield Check("foreign code", f"`{key}` runs {path}, which is not of graphtune or torch")
+    if isinstance(settings, SFTConfig):
+        yield from _checks_of_training(settings, data)
+
+
+def _checks_of_training(cfg: SFTConfig, data: bool) -> Iterator[Check]:
+    from graphtune.capture import capture
+    from graphtune.recipes import check_length, config_to_look_at, empty_model, make_passes
+    from graphtune.recipes.job import goes_on_in_place, make_optimizer, make_scheduler
+    from graphtune.training.device import pick_device
+    from graphtune.training.run import Run
+
+    if not goes_on_in_place(cfg):
+        Run(cfg.output_dir).refuse_used()
+    yield Check("output", f"{cfg.output_dir} is free")
+    device = pick_device(cfg.device)
+    model_config, note = config_to_look_at(cfg.model)
+    empty: Any = empty_model(cfg.model, device, model_config)
+    count = sum(parameter.numel() for parameter in empty.parameters())
+    kind = f"{type(empty).__name__}, {count:,} parameters, on {device}"
+    if note:
+        yield Check("model", note, checked=False)
+    else:
+        check_length(cfg, model_config)
+    yield Check("model", kind)
+    tokenizer = None
+    for check, found in _tokenizer(cfg, offline=bool(note)):
+        tokenizer = found
+        yield check
+    passes = make_passes(cfg.passes)
+    for one in passes:
+        one.check(empty)
+    program = capture(empty).apply(*passes)
+    trained = sum(parameter.numel() for parameter in program.trainable_parameters())
+    if not trained:
+        raise UserError("`passes` leave nothing to train; add `passes.lora` or `passes.full`")
+    sites = ", ".join(f"{row.name} at {len(row.sites):,} sites" for row in program.ledger)
+    yield Check("passes", f"{sites or 'none'}; {trained:,} parameters train")
+    optimizer = make_optimizer(program, cfg)
+    yield Check("optimizer", f"{type(optimizer).__name__}, {len(optimizer.param_groups)} group(s)")
+    steps = cfg.max_steps or 1000
+    scheduler = make_scheduler(optimizer, cfg, steps)
+    yield Check("schedule", "none" if scheduler is None else type(scheduler).__name__)
+    if not data:
+        yield Check("data", "--no-data was given", checked=False)
+    elif tokenizer is None:
+        yield Check("data", "it needs the tokenizer", checked=False)
+    else:
+        yield from _checks_of_data(cfg, tokenizer)
+
+
+def _tokenizer(
+    cfg: SFTConfig, *, offline: bool
+) -> Iterator[tuple[Check, PreTrainedTokenizerBase | None]]:
+    """The model's tokenizer; none, and no error, where the hub could not give its config either."""
+    from graphtune.models import load_tokenizer
+    from graphtune.recipes import origin
+
+    try:
+        tokenizer = load_tokenizer(cfg.model.id, **origin(cfg.model))
+    except UserError:
+        if not offline:
+            raise
+        yield Check("tokenizer", "it cannot be read here either", checked=False), None
+        return
+    template = "with" if tokenizer.chat_template else "without"
+    yield Check("tokenizer", f"{len(tokenizer):,} tokens, {template} a chat template"), tokenizer
+
+
+def _checks_of_data(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Check]:
+    from graphtune.recipes.job import read_data
+
+    for name in ("dataset", "dataset_val", "retention"):
+        value = getattr(cfg, name)
+        for part in value if isinstance(value, list) else [value] if value else []:
+            source = _beginning(part.without("weight") if isinstance(value, list) else part)
+            examples = list(islice(iter(read_data(source, tokenizer, cfg)), _FIRST))
+            first = examples[0].get("input_ids", ())
+            yield Check(part.key, f"can be read; its first example has {len(first)} tokens")
+
+
+def _beginning(source: Component) -> Component:
+    """The same data set, so that not all of it is read for a few examples, where it can be."""
+    if source.takes("limit"):
+        return source.having(limit=_FIRST)
+    if source.takes("streaming") and "%" not in str(source.arguments.get("split", "")):
+        return source.having(streaming=True)
+    return source
+
+
+def _components(settings: Any) -> Iterator[Component]:
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Component):
+                yield one

@@ -55,6 +55,15 @@ class Component:
         rest = {key: value for key, value in self.arguments.items() if key != name}
         return Component(self.path, rest, self.key)
 
+    def takes(self, name: str) -> bool:
+        """Whether the callable has a parameter of that name; raises UserError if there is none."""
+        known = _parameter_names(component(self.path, self.key))
+        return known is None or name in known
+
+    def having(self, **arguments: Any) -> "Component":
+        """The same, with other arguments."""
+        return Component(self.path, {**self.arguments, **arguments}, self.key)
+
     def mapping(self) -> dict[str, Any]:
         """As the config writes it."""
         return {COMPONENT: self.path, **self.arguments}

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from graphtune.config.instantiate import COMPONENT, Component, component
 from graphtune.config.keys import close_match, did_you_mean, join_key
+from graphtune.config.names import with_dotted_path
 from graphtune.config.schema import SFTConfig
 from graphtune.errors import UserError
 
@@ -28,7 +29,7 @@ _KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     str: "text",
-    Component: f"a dotted path, or a mapping with `{COMPONENT}`",
+    Component: f"a dotted path or a name, or a mapping with `{COMPONENT}`",
 }
 
 
@@ -54,12 +55,7 @@ def validate(
     except OmegaConfBaseException as error:
         problem = str(error.msg).partition("\n")[0]
         raise UserError(f"`{error.full_key}`: {problem}") from error
-    checked = check_options(schema, plain, "")  # type: ignore[arg-type]
-    for item in dataclasses.fields(checked):  # type: ignore[arg-type]
-        value = getattr(checked, item.name)
-        for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, Component):
-                one.without("weight").check() if isinstance(value, list) else one.check()
+    checked = _with_components(check_options(schema, plain, ""))  # type: ignore[arg-type]
     if registry is not None:
         for name, options in getattr(checked, "passes", {}).items():
             key = f"passes.{name}"
@@ -68,6 +64,21 @@ def validate(
             kind: Any = registry[name] if name in registry else component(name, key)
             check_options(kind, options or {}, key)
     return checked
+
+
+def _with_components(config: T) -> T:
+    """A config whose components have dotted paths, and are known to take their arguments."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, item.name)
+        if isinstance(value, Component):
+            found[item.name] = with_dotted_path(value)
+            found[item.name].check()
+        elif isinstance(value, list) and any(isinstance(one, Component) for one in value):
+            found[item.name] = [with_dotted_path(one) for one in value]
+            for one in found[item.name]:
+                one.without("weight").check()  # its share of a mixture, which it never sees
+    return dataclasses.replace(config, **found)  # type: ignore[type-var]
 
 
 def check_options(cls: type[T], options: Mapping[str, Any], key: str) -> T:

@@ -145,8 +145,17 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         UserError: it is none, or cannot be read.
     """
+    description = read_state(path)
     try:
-        return _read_description(path), load_file(path / TENSORS)
+        return description, load_file(path / TENSORS)
+    except UNREADABLE as error:
+        raise UserError(f"{path} is no checkpoint that can be read: {error}") from error
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's description alone, without its tensors; raises UserError likewise."""
+    try:
+        return _read_description(path)
     except UNREADABLE as error:
         raise UserError(f"{path} is no checkpoint that can be read: {error}") from error
 

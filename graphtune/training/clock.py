@@ -24,4 +24,4 @@ class Clock:
             yield
         finally:
             spent = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 2)

@@ -8,14 +8,15 @@ call that starts a run in it (`wandb.init`, `mlflow.start_run`, ...).
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 
+from graphtune.config import did_you_mean
 from graphtune.errors import UserError
 
 Metrics = Mapping[str, float | int]
@@ -48,7 +49,6 @@ class TensorBoard:
     """Event files in the run's folder `tensorboard/`: `tensorboard --logdir RUN`."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], **options: Any) -> None:
-        _need("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(**{"log_dir": str(folder / "tensorboard"), **options})
@@ -66,7 +66,9 @@ class WandB:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], **options: Any) -> None:
         defaults = {"project": "graphtune", "name": folder.name, "dir": str(folder)}
-        self._run = _need("wandb").init(**{**defaults, "config": dict(config), **options})
+        self._run = importlib.import_module("wandb").init(
+            **{**defaults, "config": dict(config), **options}
+        )
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._run.log(dict(metrics), step=step)
@@ -87,7 +89,7 @@ class MLflow:
         experiment_name: str = "graphtune",
         **options: Any,
     ) -> None:
-        self._mlflow = _need("mlflow", "mlflow-skinny")
+        self._mlflow = importlib.import_module("mlflow")
         if tracking_uri is not None:
             self._mlflow.set_tracking_uri(tracking_uri)
         self._mlflow.set_experiment(experiment_name)
@@ -105,7 +107,7 @@ class Comet:
     """Comet; `online: false` writes an archive that can be uploaded later."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], **options: Any) -> None:
-        comet = _need("comet_ml")
+        comet = importlib.import_module("comet_ml")
         self._experiment = comet.start(**{"project_name": "graphtune", **options})
         self._experiment.set_name(folder.name)
         self._experiment.log_parameters(dict(config))
@@ -122,7 +124,9 @@ class Trackio:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], **options: Any) -> None:
         defaults = {"project": "graphtune", "name": folder.name, "embed": False}
-        self._run = _need("trackio").init(**{**defaults, "config": dict(config), **options})
+        self._run = importlib.import_module("trackio").init(
+            **{**defaults, "config": dict(config), **options}
+        )
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._run.log(dict(metrics), step=step)
@@ -139,6 +143,20 @@ LOGGERS: dict[str, Callable[..., Logger]] = {
     "comet": Comet,
     "trackio": Trackio,
 }
+_MODULES = {"comet": "comet_ml"}  # where it is not the logger's name
+_PACKAGES = {"comet": "comet_ml", "mlflow": "mlflow-skinny"}
+
+
+def check_loggers(names: Iterable[str]) -> None:
+    """Raise UserError if there is no such logger, or its package is missing."""
+    for name in names:
+        if name not in LOGGERS:
+            raise UserError(
+                f"`loggers.{name}`: there is no such logger{did_you_mean(name, LOGGERS)}"
+            )
+        if name != "stdout" and not _is_installed(_MODULES.get(name, name)):
+            package = _PACKAGES.get(name, name)
+            raise UserError(f"`loggers.{name}` needs a package: pip install {package}")
 
 
 class Loggers:
@@ -159,12 +177,11 @@ class Loggers:
         folder: Path,
         config: Mapping[str, Any],
     ) -> None:
+        check_loggers(options)
         self._loggers: list[Logger] = []
         for name, own in options.items():
             try:
                 self._loggers.append(LOGGERS[name](folder, config, **(own or {})))
-            except UserError:
-                raise
             except Exception as error:  # each tracker has errors of its own
                 first_line = str(error).strip().partition("\n")[0]
                 raise UserError(f"`loggers.{name}` cannot start: {first_line}") from error
@@ -179,9 +196,8 @@ class Loggers:
                 stack.callback(logger.close)
 
 
-def _need(module: str, package: str | None = None) -> Any:
+def _is_installed(module: str) -> bool:
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = package or module
-        raise UserError(f"`loggers.{package}` needs a package: pip install {package}") from error
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # it is None in `sys.modules`: made unavailable
+        return False

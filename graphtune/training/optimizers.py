@@ -7,6 +7,7 @@ those of `schedulefree` need nothing from this file.
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -144,6 +145,9 @@ class OptimizerInBackward(Optimizer):
             assert parameter.grad is not None
             norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
             self._norms[parameter] = norm
+            if not math.isfinite(norm):  # who asks for the norm will know
+                parameter.grad = None
+                return
             # Some optimizers count steps in the group: each parameter's step counts from the same.
             group = {**self.param_groups[number], "params": [parameter]}
             whole, self.optimizer.param_groups = self.optimizer.param_groups, [group]
@@ -167,6 +171,14 @@ class OptimizerInBackward(Optimizer):
         for number, group in self._advanced.items():
             own = {key: value for key, value in group.items() if key not in _PARAMETERS}
             self.param_groups[number].update(own)
+        self._forget()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Also forget a backward pass that `step` did not follow, since it came to nothing."""
+        super().zero_grad(set_to_none)
+        self._forget()
+
+    def _forget(self) -> None:
         self._norms.clear()
         self._advanced.clear()
 

@@ -16,9 +16,9 @@ class Run:
     """The folder of one run.
 
     `config.yaml` is the resolved config, `metrics.jsonl` one line for each logged step,
-    `loss.png` the loss curve, `summary.json` results and timings, `checkpoints/` what the run can
-    go on from, `adapter/` the adapter in PEFT's layout, or `model/` the weights in Hugging Face's
-    if all of them were trained.
+    `samples.jsonl` answers on the way, `loss.png` the loss curve, `summary.json` results and
+    timings once it has ended, `checkpoints/` what the run can go on from, `adapter/` the adapter
+    in PEFT's layout, or `model/` the weights in Hugging Face's if all of them were trained.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -52,9 +52,13 @@ class Run:
             )
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after a step, when a run goes on from there."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        self.write(self.metrics_file.name, "".join(json.dumps(line) + "\n" for line in kept))
+        """Forget what came after a step, when a run goes on from there: lines, and results."""
+        for file in (self.metrics_file, self.samples_file):
+            if file.is_file():
+                kept = [line for line in _lines(file) if line["step"] <= step]
+                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+                self.write(file.name, text)
+        self.summary_file.unlink(missing_ok=True)
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
@@ -94,6 +98,14 @@ class Run:
     def metrics_file(self) -> Path:
         return self.folder / "metrics.jsonl"
 
+    @property
+    def samples_file(self) -> Path:
+        return self.folder / "samples.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.folder / "summary.json"
+
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole or not at all."""
         path = self.folder / name
@@ -102,24 +114,24 @@ class Run:
         temporary.replace(path)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        self.write("summary.json", json.dumps(summary, indent=2) + "\n")
+        self.write(self.summary_file.name, json.dumps(summary, indent=2) + "\n")
 
     def summary(self) -> dict[str, Any]:
         """What `write_summary` wrote; empty while the run has not ended."""
-        file = self.folder / "summary.json"
+        file = self.summary_file
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Append a line to the metrics; it is on disk when this returns."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        """Append a line to the metrics; it is there even if the process is killed right after."""
+        _append(self.metrics_file, metrics)
+
+    def log_sample(self, sample: Mapping[str, Any]) -> None:
+        """Append a line to the samples, likewise."""
+        _append(self.samples_file, sample)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines logged so far."""
-        if not self.metrics_file.is_file():
-            return []
-        lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]  # the last one ended, or was cut off
+        return _lines(self.metrics_file) if self.metrics_file.is_file() else []
 
     def plot_loss(self) -> None:
         """Draw the logged loss over the steps to `loss.png`."""
@@ -132,3 +144,13 @@ class Run:
         axes.set(xlabel="optimizer step", ylabel="training loss (nats per token)")
         axes.grid(alpha=0.3)
         figure.savefig(self.folder / "loss.png", dpi=120)
+
+
+def _append(file: Path, line: Mapping[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # the last one ended, or was cut off

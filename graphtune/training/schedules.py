@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -61,7 +62,24 @@ def schedule(
         fallen = shape(step - warmup_steps, steps - warmup_steps, warmup_steps, decay_steps)
         return min_ratio + (1 - min_ratio) * fallen
 
-    return LambdaLR(optimizer, factor)
+    return Schedule(optimizer, factor)
+
+
+class Schedule(LambdaLR):
+    """Goes on by its own shape: the optimizer's saved rate is that of the shape before it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        rates = [
+            base * factor(self.last_epoch)
+            for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._last_lr = rates
 
 
 # What is left of the rate `step` steps after the warm-up, when `left` steps follow it in all.

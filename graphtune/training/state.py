@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from graphtune.engine import plan_hash
 from graphtune.errors import UserError
 from graphtune.program import Program
-from graphtune.training.checkpoint_files import Snapshot, read_checkpoint
+from graphtune.training.checkpoint_files import Snapshot, read_checkpoint, read_state
 from graphtune.training.flatten import copy_into, flatten, unflatten
 
 MAY_CHANGE = (
@@ -39,11 +39,13 @@ MAY_CHANGE = (
     "resume",
     "retention*",
     "samples*",
+    "skip_spikes*",
     "validate_every",
 )
 """Config keys (patterns) that a resumed run may have otherwise than the run it goes on with.
 
 Where a schedule's shape depends on the number of steps, another number bends it from there on.
+`skip_spikes` is for a run that goes on before the spike that it met.
 """
 
 _SMALL = 2**16  # elements of a buffer that is saved in any case
@@ -243,26 +245,48 @@ class TrainState:
         }
 
     def _check(self, saved: Mapping[str, Any], folder: Path) -> None:
-        was, now = (dict(_leaves(one)) for one in (saved["identity"], self._identity()))
-        different = [
-            f"`{key.removeprefix('config.')}` was {was.get(key, 'absent')!r}, "
-            f"is {now.get(key, 'absent')!r}"
-            for key in {**was, **now}
-            if was.get(key) != now.get(key)
-            and not any(fnmatch.fnmatchcase(key, f"config.{pattern}") for pattern in MAY_CHANGE)
-        ]
-        if different:
-            more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
-            raise UserError(
-                f"{folder} is of another run: {'; '.join(different[:3])}{more}; "
-                "go on with what it was, or choose a new output_dir"
-            )
+        _refuse_another(saved["identity"], self._identity(), folder)
         if saved["plan"] != plan_hash(self.program):
             warnings.warn(
                 f"{folder} was written by graphtune {saved['graphtune']}; with "
                 f"{version('graphtune')} the run may not go on bit for bit",
                 stacklevel=3,
             )
+
+
+def saved_counters(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the recipe had counted at a checkpoint; read before anything is loaded.
+
+    Args:
+        folder: the checkpoint.
+        config: the resolved config of the run that is to go on from there.
+
+    Raises:
+        UserError: it cannot be read, or was taken from a run with another config.
+    """
+    saved = read_state(folder)
+    was = {"config": saved["identity"]["config"]}
+    _refuse_another(was, {"config": _plain(config)}, folder)
+    counters = saved["state"]["counters"]
+    return {name: value for name, value in counters.items() if isinstance(value, int | float)}
+
+
+def _refuse_another(was: Any, now: Any, folder: Path) -> None:
+    """Raise UserError, with what differs, if `now` cannot go on where `was` was."""
+    was, now = dict(_leaves(was)), dict(_leaves(now))
+    different = [
+        f"`{key.removeprefix('config.')}` was {was.get(key, 'absent')!r}, "
+        f"is {now.get(key, 'absent')!r}"
+        for key in {**was, **now}
+        if was.get(key) != now.get(key)
+        and not any(fnmatch.fnmatchcase(key, f"config.{pattern}") for pattern in MAY_CHANGE)
+    ]
+    if different:
+        more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
+        raise UserError(
+            f"{folder} is of another run: {'; '.join(different[:3])}{more}; "
+            "go on with what it was, or choose a new output_dir"
+        )
 
 
 def _has_own_state(optimizer: Optimizer) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in _PEAK.items() if part in name), None)
+
+
+def totals(counters: Mapping[str, Any]) -> dict[str, float]:
+    """Of all steps that were counted: `skipped_steps`, `tokens` that are not padding, and
+    `tokens_per_s`."""
+    tokens = counters.get("tokens", 0)
+    return {
+        "skipped_steps": counters.get("skipped_steps", 0),
+        "tokens": tokens,
+        "tokens_per_s": tokens / max(counters.get("seconds", 0.0), 1e-9),
+    }
 
 
 class Meter:

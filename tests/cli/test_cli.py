@@ -1,16 +1,20 @@
 """The command line: what it prints, where, and the exit code."""
 
+import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import typer
 
 import graphtune.recipes
-from graphtune.cli import main
-from graphtune.config import compose
+from graphtune.cli import app, main
+from graphtune.config import SCHEMAS, Component, compose
 
 CONFIG = """\
 recipe: stand_in
@@ -35,6 +39,16 @@ def run(config):
 """
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """A recipe with a schema of its own."""
+
+    recipe: str
+    output_dir: str
+    model: dict[str, Any]
+    dataset: Component
+
+
 class Result(NamedTuple):
     code: int | str
     out: str
@@ -52,6 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "shelf" / "family" / "small.yaml").write_text(CONFIG)
     (tmp_path / "recipes" / "stand_in.py").write_text(RECIPE)
     monkeypatch.setattr(compose, "files", lambda package: tmp_path / "shelf")
+    monkeypatch.setitem(SCHEMAS, "stand_in", StandIn)
     monkeypatch.chdir(tmp_path / "work")
     graphtune.recipes.__path__.append(str(tmp_path / "recipes"))
     yield tmp_path / "work"
@@ -75,28 +90,47 @@ def test_the_installed_command_is_main() -> None:
     assert script.load() is main
 
 
-@pytest.mark.parametrize("command", ["train", "validate", "ls", "cp", "cat"])
-def test_help(call: Call, command: str) -> None:
+COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(call: Call, command: str) -> None:
     assert command in call("--help").out
     shown = call(command, "--help")
     assert shown.code == 0
-    assert f"graphtune {command}" in shown.out
+    assert f"Example: graphtune {command} " in shown.out.replace("\n", " ") + " "
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys, graphtune.cli\ntry: graphtune.cli.main(['train', '--help'])\n"
+        "except SystemExit: sys.exit(' '.join({'torch', 'transformers'} & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_train_runs_the_recipe_of_the_config(call: Call) -> None:
-    result = call("train", "family/small", "seed=3", "~output_dir")
+    result = call("train", "family/small", "seed=3", "~dataset")
     assert (result.code, result.out, result.err) == (0, "ran with seed 3\n", "")
 
 
+def test_code_of_others_is_told_before_it_runs(call: Call) -> None:
+    result = call("train", "family/small")
+    assert (result.code, result.out) == (0, "ran with seed None\n")
+    told = "`dataset` runs fractions.Fraction, which is not part of graphtune or torch"
+    assert result.err == f"graphtune: {told}\n"
+
+
 def test_user_errors_are_one_line(call: Call) -> None:
-    result = call("train", "family/small", "behaviour=refuse")
+    result = call("train", "family/small", "behaviour=refuse", "~dataset")
     assert result.code == 2
     assert result.out == ""
     assert result.err == "graphtune: error: `behaviour=refuse`: not this one\n"
 
 
 def test_other_errors_are_one_line_with_a_hint(call: Call) -> None:
-    result = call("train", "family/small", "behaviour=break")
+    result = call("train", "family/small", "behaviour=break", "~dataset")
     assert result.code == 1
     expected = "graphtune: error: RuntimeError: first line (--debug shows the traceback)\n"
     assert result.err == expected
@@ -153,17 +187,33 @@ def test_wrong_usage_is_2(call: Call, words: list[str]) -> None:
     assert call(*words).code == 2
 
 
-def test_validate_says_so(call: Call) -> None:
-    result = call(
-        "validate", "family/small", "recipe=sft", "dataset.numerator=3", "passes.lora.rank=4"
-    )
-    assert (result.code, result.out, result.err) == (0, "family/small: valid\n", "")
+def test_validate_says_what_it_checked(call: Call) -> None:
+    result = call("validate", "family/small", "dataset.numerator=3")
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[0] == "config        keys, types and values of the recipe stand_in"
+    assert "dataset fractions.Fraction" in lines[1]
+    assert lines[2].startswith("foreign code  `dataset` runs fractions.Fraction")
+    assert lines[-1] == "family/small: valid"
+    report = json.loads(call("validate", "family/small", "--json").out)
+    assert report["valid"] is True
+    assert [check["name"] for check in report["checks"]] == ["config", "components", "foreign code"]
+    assert all(check["checked"] for check in report["checks"])
 
 
-def test_ls_lists_configs_and_recipes_without_one(call: Call) -> None:
+def test_ls_lists_configs(call: Call) -> None:
     lines = [line.split() for line in call("ls").out.splitlines()]
     assert lines[0] == ["CONFIG", "RECIPE", "MODEL"]
     assert ["family/small", "stand_in", "some/model"] in lines
+
+
+def test_ls_for_a_machine(call: Call) -> None:
+    listed = json.loads(call("ls", "--json").out)
+    assert listed["configs"] == [
+        {"config": "family/small", "recipe": "stand_in", "model": "some/model"}
+    ]
+    assert listed["techniques"] == []
+    assert {"sft", "stand_in"} <= set(listed["recipes"])
 
 
 def test_cat_prints_the_file_as_it_is(call: Call) -> None:

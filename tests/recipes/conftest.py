@@ -7,6 +7,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from graphtune.capture import capture
 from tests.data.conftest import backend, tokenizer  # noqa: F401  (fixtures)
 
 QUESTIONS = [f"What is {a} and {b}?" for a in range(6) for b in range(4)]
@@ -53,6 +54,25 @@ def config(tmp_path, model_folder):
         "max_steps": 8,
         "compile": False,
     }
+
+
+@pytest.fixture
+def quick(config, model_folder, monkeypatch):
+    """The config without what takes longest: the graph is captured once, its memory never asked
+    for, and nothing measured before and after."""
+
+    def captured(model):
+        if model_folder not in _CAPTURED:
+            _CAPTURED[model_folder] = capture(model)
+        return _CAPTURED[model_folder]
+
+    monkeypatch.setattr("graphtune.recipes.sft.capture", captured)
+    monkeypatch.setattr("graphtune.recipes.job.check_fits", lambda *_, **__: None)
+    del config["dataset_val"], config["retention"]
+    return config
+
+
+_CAPTURED = {}  # a program without weights, by its model's folder; nothing changes it
 
 
 @pytest.fixture

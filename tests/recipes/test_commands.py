@@ -1,7 +1,10 @@
-"""Commands on models: merge and quantize; oracles are PEFT and the library's own Python."""
+"""Commands on models and configs; oracles are PEFT, transformers, and the library's own Python."""
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -10,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import graphtune as gt
 from graphtune.cli import main
+from graphtune.data import instruct
+from graphtune.models import load_tokenizer
 from graphtune.passes import Quantize
 from tests.oracles.models import random_ids
 
@@ -81,3 +86,148 @@ def test_bad_input(call: Call, model_folder: Path, words: tuple[str, ...], messa
     code, out = call(*(word.format(model=model_folder) for word in words))
     assert code == 2
     assert message in out and len(out.splitlines()) == 1
+
+
+# --- evaluate, bench, validate ------------------------------------------------------------------
+
+
+def parsed(out: str) -> Any:
+    """The JSON on stdout, which comes before what was on stderr."""
+    return json.loads(out.splitlines()[0])
+
+
+def test_evaluate_measures_what_eager_does(call: Call, config, write, model_folder: Path) -> None:
+    """On one answer a row, against transformers' own loss."""
+    config["loader"] = {"batch_size": 1, "length": 64}
+    code, out = call("evaluate", write(config), "--json", "~retention")
+    assert code == 0, out
+    figures = parsed(out)["model"]
+    assert figures.keys() == {"heldout_loss", "heldout_perplexity"}
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    loss = count = 0
+    for example in instruct(
+        load_tokenizer(model_folder), source=config["dataset_val"]["source"], max_length=64
+    ):
+        labels = torch.tensor([list(example["labels"])]).long()
+        learned = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            found = model(torch.tensor([list(example["input_ids"])]).long(), labels=labels).loss
+        loss, count = loss + float(found) * learned, count + learned
+    assert figures["heldout_loss"] == pytest.approx(loss / count, abs=1e-5)
+    assert figures["heldout_perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
+
+
+@pytest.mark.parametrize("passes", [{"lora": {"rank": 4}}, {"full": {}}, {"qlora": {"rank": 4}}])
+def test_evaluate_a_run_as_training_did(call: Call, config, write, passes) -> None:
+    config["passes"] = passes
+    assert call("train", write(config))[0] == 0
+    summary = json.loads((Path(config["output_dir"]) / "summary.json").read_text())
+    code, out = call("evaluate", config["output_dir"], "--json")
+    assert code == 0, out
+    figures = parsed(out)
+    for when in ("before", "after"):
+        assert figures[when]["heldout_loss"] == pytest.approx(
+            summary[when]["heldout_loss"], abs=1e-5
+        )
+        assert figures[when]["retention_perplexity"] == pytest.approx(
+            summary[when]["retention_perplexity"], rel=1e-4
+        )
+    code, out = call("evaluate", config["output_dir"], "~retention")
+    assert out.splitlines()[0].split() == ["before", "after"]
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["heldout", "heldout"]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"loader": {"batch_size": 2, "length": 16, "mode": "padding_free"}},
+        {"passes": {"qlora": {"rank": 2}}, "gradient_accumulation_steps": 3, "ema_decay": 0.9},
+        {"optimizer_in_backward": True, "clip_grad_norm": None},
+        {"lr_scheduler": {"name": "wsd", "warmup_steps": 100}},
+    ],
+)
+def test_bench_takes_the_steps_of_the_config(call: Call, config, write, extra) -> None:
+    config |= {"dataset": {"_component_": "text", "source": "not/there"}} | extra
+    code, out = call("bench", write(config), "--steps", "3", "--json")
+    assert code == 0, out
+    figures = parsed(out)
+    rows, length = config["loader"]["batch_size"], config["loader"]["length"]
+    flat = config["loader"]["mode"] == "padding_free"
+    assert figures["batch"] == ([1, rows * length] if flat else [rows, length])
+    tokens = rows * length * config.get("gradient_accumulation_steps", 1)
+    assert figures["tokens_per_s"] == pytest.approx(tokens / figures["step_s"])
+    assert 0 < figures["fastest_step_s"] <= figures["step_s"] <= figures["slowest_step_s"]
+    assert figures["tflops_per_s"] > 0 and figures["peak_memory_bytes"] > 2**20
+    assert not Path(config["output_dir"]).exists()
+    assert "random weights" in call("bench", write(config), "--steps", "1")[1]
+
+
+def test_bench_needs_no_weights(call: Call, config, write, model_folder: Path, tmp_path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((model_folder / "config.json").read_text())
+    config["model"] = {"id": str(bare)}
+    code, out = call("bench", write(config), "--steps", "1")
+    assert code == 0, out
+
+
+def test_validate_looks_at_everything(call: Call, config, write) -> None:
+    code, out = call("validate", write(config), "--json")
+    assert code == 0, out
+    names = [check["name"] for check in parsed(out)["checks"]]
+    assert names[:6] == ["config", "components", "output", "model", "tokenizer", "passes"]
+    assert names[6:] == ["optimizer", "schedule", "dataset", "dataset_val", "retention"]
+    assert all(check["checked"] for check in parsed(out)["checks"])
+    assert "valid, but 1 not checked" in call("validate", write(config), "--no-data")[1]
+    assert not Path(config["output_dir"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["passes.lora.targets=[q_prj]"], "nearest: q_proj"),
+        (["~passes.lora", "passes.freeze={}"], "nothing to train"),
+        (["model.id=not/there/at/all"], "does not exist"),
+        (["loader.length=4096"], "more than the 128 positions"),
+        (["dataset.source=not_there.jsonl"], "not_there.jsonl"),
+        (["dataset_val.prompt_column=question"], "question"),
+        (["optimizer.lr=-1"], "Invalid learning rate"),
+        (["lr_scheduler.min_ratio=2"], "`lr_scheduler.min_ratio=2.0`"),
+        (["optimizer=nothing"], "no such name"),
+    ],
+)
+def test_validate_finds_what_is_wrong(call: Call, config, write, words, message) -> None:
+    code, out = call("validate", write(config), *words)
+    assert code == 2
+    assert message in out.splitlines()[-1]
+
+
+def test_a_published_model_is_looked_at_without_the_hub(call: Call, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    note = "its config cannot be read here"
+    code, out = call("inspect", "smollm2/135M_lora")
+    assert code == 0 and note in out and "0-29 x30" in out, out
+    code, out = call("validate", "smollm2/135M_lora")
+    assert code == 0 and out.endswith("valid, but 3 not checked\n"), out
+    code, out = call("train", "smollm2/135M_lora")  # never for training
+    assert code == 2 and "cannot be reached" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "{run}", "model.id=other"], "give a config in the run's place"),
+        (["evaluate", "{model}"], "is not a run"),
+        (["evaluate", "{config}", "~dataset_val", "~retention"], "set `dataset_val`"),
+        (["bench", "{config}", "passes.lora.targets=[q_prj]"], "nearest: q_proj"),
+    ],
+)
+def test_bad_input_to_measure(call: Call, config, write, model_folder, words, message) -> None:
+    run = Path(config["output_dir"])
+    run.mkdir()
+    path = write(config)
+    (run / "config.yaml").write_text(Path(path).read_text())
+    places = {"run": run, "model": model_folder, "config": path}
+    code, out = call(*(word.format(**places) for word in words))
+    assert code == 2 and message in out.splitlines()[-1], out

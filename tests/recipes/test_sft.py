@@ -105,29 +105,6 @@ def test_same_seed_same_run(config, write, tmp_path):
     assert [line["loss"] for line in one] == [line["loss"] for line in two]
 
 
-def test_interrupt_saves_the_adapter(config, write, tmp_path, monkeypatch):
-    from graphtune.engine import TrainStep
-
-    calls = []
-    real = TrainStep.__call__
-
-    def interrupted(self, batch, **options):
-        calls.append(batch)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(self, batch, **options)
-
-    monkeypatch.setattr(TrainStep, "__call__", interrupted)
-    assert graphtune("train", write(config)) == 130
-    run = tmp_path / "run"
-    assert len(lines(run / "metrics.jsonl")) == 3
-    program, _ = load_run(run)
-    assert (
-        program.get_parameter("model.layers.0.self_attn.q_proj.lora_B.default.weight").abs().max()
-        > 0
-    )
-
-
 def test_inspect_shows_tree_and_ledger(config, write, capsys):
     assert graphtune("inspect", write(config)) == 0
     output = capsys.readouterr().out

@@ -1,9 +1,12 @@
 """A run that was cut anywhere and went on is, bit for bit, the run that was not."""
 
 import copy
+import dataclasses
+import fnmatch
 import functools
 import math
 import random
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -13,13 +16,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphtune as gt
+from graphtune.config import SFTConfig
 from graphtune.engine import compile_step
 from graphtune.passes import LoRA
 from graphtune.training.checkpoint import Checkpointer
 from graphtune.training.checkpoint_files import latest
 from graphtune.training.flatten import flatten, unflatten
 from graphtune.training.optimizers import MuonWithAdamW, OptimizerInBackward
-from graphtune.training.state import TrainState
+from graphtune.training.state import MAY_CHANGE, TrainState
 from tests.oracles.models import random_ids, tiny_model
 from tests.oracles.tiny_run import TinyRun, adamw, assert_same_run
 
@@ -319,3 +323,30 @@ def test_a_file_cannot_make_us_import_code():
     written = {"$subclass": {"class": "evil.module.Tensor", "inner": {}, "context": []}}
     with pytest.raises(gt.UserError, match="evil.module.Tensor"):
         unflatten(written, {}, CPU)
+
+
+def test_what_may_change_is_in_the_schema():
+    """Each pattern is of keys that configs have, and the others are those that decide the bits."""
+
+    def keys(schema, prefix=""):
+        hints = get_type_hints(schema)
+        for item in dataclasses.fields(schema):
+            yield prefix + item.name
+            for part in (hints[item.name], *get_args(hints[item.name])):
+                if dataclasses.is_dataclass(part):
+                    yield from keys(part, f"{prefix}{item.name}.")
+
+    known = set(keys(SFTConfig))
+    for pattern in MAY_CHANGE:
+        assert any(fnmatch.fnmatchcase(key, pattern) for key in known), pattern
+    fixed = {
+        key.partition(".")[0]
+        for key in known
+        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+    }
+    assert fixed == {
+        *("recipe", "seed", "model", "passes", "dataset", "loader", "optimizer"),
+        *("parameter_groups", "lr_scheduler", "optimizer_in_backward", "ema_decay"),
+        *("gradient_accumulation_steps", "clip_grad_norm", "label_smoothing", "z_loss"),
+        "deterministic",
+    }
