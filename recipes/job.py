@@ -177,8 +177,8 @@ def read_data(
     if isinstance(source, Component):
         if "max_length" in source.arguments:
             raise UserError(
-                f"`{source.key}.max_length`: a row holds `loader.length={cfg.loader.length}` tokens, "
-                "which is where examples are cut; set that, and leave this out"
+                f"`{source.key}.max_length`: examples are cut to `loader.length` "
+                f"({cfg.loader.length} tokens), what a row holds; set that, and leave this out"
             )
         data: Data = source.build(tokenizer, max_length=cfg.loader.length)
         if not isinstance(data, StreamingDataset) and not data:
