@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from graphtune.config import (
     Component,
@@ -171,9 +171,14 @@ def check_samples(
 
 
 def read_data(
-    source: Component | list[Component], tokenizer: PreTrainedTokenizerBase, cfg: SFTConfig
+    source: Component | list[Component],
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    cfg: SFTConfig,
 ) -> Data:
-    """A config's data set; several are mixed by their weights, or laid end to end without."""
+    """A config's data set; several are mixed by their weights, or laid end to end without.
+
+    With the processor of a model that takes images, conversations may hold some.
+    """
     if isinstance(source, Component):
         if "max_length" in source.arguments:
             raise UserError(

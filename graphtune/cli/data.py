@@ -46,12 +46,12 @@ def data(
     from rich.console import Console  # torch is slow to import, and --help should not be
 
     from graphtune.config import load_config, validate
-    from graphtune.models import load_tokenizer
+    from graphtune.models import load_processor
     from graphtune.recipes import origin
     from graphtune.recipes.job import batching, read_data
 
     settings: SFTConfig = validate(load_config(config, overrides or ()))
-    tokenizer = load_tokenizer(settings.model.id, **origin(settings.model))
+    tokenizer = load_processor(settings.model.id, **origin(settings.model))
     dataset, streamed = _beginning(read_data(settings.dataset, tokenizer, settings))
     options = settings.loader
     rows = 1 if options.batch_size == "auto" else options.batch_size

@@ -1,5 +1,11 @@
-"""Load plain transformers: the model, its tokenizer and its config, all by one id."""
+"""Load plain transformers: the model, its tokenizer or processor, its config, all by one id."""
 
-from graphtune.models.loading import load_config, load_model, load_tokenizer, resolve_dtype
+from graphtune.models.loading import (
+    load_config,
+    load_model,
+    load_processor,
+    load_tokenizer,
+    resolve_dtype,
+)
 
-__all__ = ["load_config", "load_model", "load_tokenizer", "resolve_dtype"]
+__all__ = ["load_config", "load_model", "load_processor", "load_tokenizer", "resolve_dtype"]

@@ -19,9 +19,11 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
 from graphtune.errors import UserError
@@ -184,6 +186,26 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def load_processor(
+    id: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """Load the processor of a model that takes images, and of any other its tokenizer.
+
+    Raises:
+        UserError: no such model, or neither with it.
+    """
+    source = resolve(id, needs_config=False)
+    names = ("processor_config.json", "preprocessor_config.json")
+    on_hub = not Path(source).exists()
+    if on_hub or any((Path(source) / name).is_file() for name in names):
+        with as_user_error(id):
+            options = pretrained_options(source, revision, trust_remote_code)
+            processor = AutoProcessor.from_pretrained(source, **options)
+        if isinstance(processor, ProcessorMixin):
+            return processor
+    return load_tokenizer(id, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def load_config(

@@ -6,17 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import graphtune.cli.data  # noqa: F401  (registers itself)
 from graphtune.cli import main
 from graphtune.cli.data import pieces, summarize
 from graphtune.data import Dataset, Example
 from graphtune.data.batching import Batching
+from graphtune.models import load_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+VISION_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}"
+    "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 SPECIAL = ["<user>", "<assistant>", "<end>", "<image>"]
@@ -188,3 +196,36 @@ def test_pieces_join_to_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
         ("<user><image>(x300)é is\t[1]<end><assistant> ", False),
         ("\\x07Yes<end>", True),
     ]
+
+
+def test_images_are_shown_as_what_they_become(show: Show, config: Path, tmp_path: Path) -> None:
+    """The model's processor turns an image into its placeholders, none of which is learned."""
+    tokenizer = load_tokenizer(tmp_path / "model")
+    tokenizer.chat_template = VISION_TEMPLATE
+    pixels = CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    LlavaProcessor(
+        pixels,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=VISION_TEMPLATE,
+    ).save_pretrained(tmp_path / "model")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    row = {
+        "messages": [
+            {"role": "user", "content": "<image>What?"},
+            {"role": "assistant", "content": "Red"},
+        ],
+        "images": [str(tmp_path / "red.png")],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    text = config.read_text().replace("builders.instruct", "builders.chat")
+    config.write_text(text.replace("loader: {", "loader: {mode: padded, ").replace("24}", "64}"))
+    out, _, _ = show("--samples", "1")
+    assert "<image>(x4)" in out
+    assert "⟦Red<end>⟧" in out
+    out, _, _ = show("--json")
+    assert json.loads(out)["learned"] == pytest.approx(4 / json.loads(out)["tokens"])
