@@ -4,6 +4,8 @@
 # Both make .venv and install into it first. PYTHON=python3.12 picks another interpreter.
 
 PYTHON ?= python3
+# Processes that run tests, a file at a time; each takes about 2 GiB.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 LINKED := build/linked
@@ -19,10 +21,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/graphtune train configs/quickstart.yaml output_dir=$(RUN)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed-dev $(LINKED)
 	$(BIN)/ruff check

@@ -272,7 +272,8 @@ def _nearest(blocks: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
     packed = torch.empty(
         (blocks.shape[0], blocks.shape[1] // 2), dtype=torch.uint8, device=blocks.device
     )
-    rows = max(1, _CHUNK // blocks.shape[1])
+    # Chunks bound the memory of float32 copies, which shapes alone do not take.
+    rows = blocks.shape[0] if blocks.is_meta else max(1, _CHUNK // blocks.shape[1])
     divisors = absmax.masked_fill(absmax == 0, 1).unsqueeze(-1)
     for start in range(0, blocks.shape[0], rows):
         part = slice(start, start + rows)

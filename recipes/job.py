@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from graphtune.config import (
     Component,
@@ -26,7 +26,7 @@ from graphtune.errors import UserError
 from graphtune.models import load_tokenizer
 from graphtune.passes import Pass
 from graphtune.program import Program
-from graphtune.recipes import empty_model, make_passes, origin
+from graphtune.recipes import check_length, empty_model, make_passes, origin
 from graphtune.recipes.generate import encode_chat
 from graphtune.training.checkpoint_files import to_resume
 from graphtune.training.device import pick_device
@@ -98,16 +98,11 @@ def prepare(config: DictConfig) -> Job:
     device = pick_device(cfg.device)
     passes = make_passes(cfg.passes)
     empty = empty_model(cfg.model, device)
-    positions = getattr(empty.config, "max_position_embeddings", None)
-    if positions is not None and cfg.loader.length > positions:
-        raise UserError(
-            f"`loader.length={cfg.loader.length}` is more than the {positions} positions of "
-            f"{cfg.model.id}; choose at most {positions}"
-        )
+    check_length(cfg, empty.config)
     for one in passes:
         one.check(empty)
     tokenizer = load_tokenizer(cfg.model.id, **origin(cfg.model))
-    check_samples(cfg, tokenizer, positions)
+    check_samples(cfg, tokenizer, empty.config)
     dataset = read_data(cfg.dataset, tokenizer, cfg)
     if isinstance(dataset, StreamingDataset) and cfg.max_steps is None:
         raise UserError("`max_steps` must be set: how long a stream is cannot be known")
@@ -155,9 +150,10 @@ def has_ended(config: DictConfig) -> bool:
 
 
 def check_samples(
-    cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None
+    cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> None:
     """Raise UserError if a prompt and its answer do not fit into the model's positions."""
+    positions = getattr(config, "max_position_embeddings", None)
     if cfg.samples is None or positions is None:
         return
     for index, prompt in enumerate(cfg.samples.prompts):

@@ -212,8 +212,9 @@ def test_a_tokenizer_without_padding_gets_one_that_is_in_the_vocabulary(folder: 
     "id", ["/no/such/folder", "./missing", "~/missing-model", "a/b/c", "missing.gguf", "", "runs/"]
 )
 def test_a_missing_path_is_refused_without_asking_the_hub(
-    load: Callable[[str], object], id: str, monkeypatch: pytest.MonkeyPatch
+    load: Callable[[str], object], id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where nobody has a folder of such a name
     monkeypatch.setattr("graphtune.models.sources.HfApi", None)  # calling it would fail
     with pytest.raises(UserError, match="^model.id: ") as info:
         load(id)
