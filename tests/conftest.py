@@ -4,7 +4,9 @@ import atexit
 import functools
 import os
 import shutil
+import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,11 @@ def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     without = {k: v for k, v in torch.cpu.get_capabilities().items() if k != "amx_bf16"}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: without)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C is heard, also where the tests run in the background of a shell, which ignores it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
