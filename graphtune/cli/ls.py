@@ -23,7 +23,8 @@ def ls(
         if not name.startswith("techniques/"):
             config = load_config(name)
             model = OmegaConf.select(config, "model.id", default=None)
-            rows.append({"config": name, "recipe": config.get("recipe"), "model": model})
+            if model is not None:  # else it is what others are laid over
+                rows.append({"config": name, "recipe": config.get("recipe"), "model": model})
     if as_json:
         print(json.dumps({"configs": rows, "techniques": techniques(), "recipes": list(SCHEMAS)}))
         return

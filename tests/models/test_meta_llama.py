@@ -299,7 +299,7 @@ def _change(name: str, value: Any) -> Callable[[Path], None]:
 def _edit(index: int, edit: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         file = folder / f"consolidated.{index:02}.pth"
-        tensors = torch.load(file)
+        tensors = torch.load(file, weights_only=True)
         edit(tensors)
         torch.save(tensors, file)
 

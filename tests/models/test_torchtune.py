@@ -199,7 +199,7 @@ def test_what_recipes_write_since(kind: str, tmp_path: Path) -> None:
 def _edit(edit: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         (file,) = folder.glob("*.bin")
-        tensors = torch.load(file)
+        tensors = torch.load(file, weights_only=True)
         edit(tensors)
         torch.save(tensors, file)
 

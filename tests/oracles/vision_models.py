@@ -1,0 +1,180 @@
+"""Tiny vision-language models of four families, each with its processor."""
+
+from collections.abc import Callable
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    Gemma3TextConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+    SiglipVisionConfig,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>", "<|image_pad|>"]
+SPECIAL += ["<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<start_of_image>"]
+SPECIAL += ["<end_of_image>", "<image_soft_token>", "<fake_token_around_image>", "<global-img>"]
+SPECIAL += ["<end_of_utterance>"]
+TEMPLATE = (  # as Qwen 2 VL and SmolVLM write it
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{% for p in m.content %}{% if p.type == 'image' %}IMAGE{% else %}"
+    "{{ p.text }}{% endif %}{% endfor %}<|im_end|>{% endgeneration %}{% else %}"
+    "{% for p in m.content %}{% if p.type == 'image' %}IMAGE{% else %}{{ p.text }}{% endif %}"
+    "{% endfor %}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT_CONFIG: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+VISION_CONFIG: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+}
+
+
+def tokenizer(**options: Any) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["user\nassistant\n\nWhat is it? A red fox.\n\n"] * 5, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", **options
+    )
+
+
+def llava(template: str) -> tuple[ProcessorMixin, Callable[[], PreTrainedModel]]:
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        tokenizer(add_bos_token=True),  # which its template leaves to the tokenizer
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template.replace("IMAGE", "<image>"),
+    )
+    config = LlavaConfig(
+        text_config=LlamaConfig(vocab_size=len(processor.tokenizer), **TEXT_CONFIG),
+        vision_config=CLIPVisionConfig(patch_size=8, projection_dim=16, **VISION_CONFIG),
+        image_token_id=processor.image_token_id,
+        vision_feature_layer=-1,
+    )
+    return processor, lambda: LlavaForConditionalGeneration(config)
+
+
+class ImagesOnly(Qwen2VLProcessor):
+    """Without videos, whose processor needs torchvision."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+def qwen2_vl(template: str) -> tuple[ProcessorMixin, Callable[[], PreTrainedModel]]:
+    processor = ImagesOnly(
+        Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=512),
+        tokenizer(),
+        chat_template=template.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    ids = processor.tokenizer.convert_tokens_to_ids
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(processor.tokenizer),
+            "rope_parameters": rope,
+            **TEXT_CONFIG,
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+    )
+    return processor, lambda: Qwen2VLForConditionalGeneration(config)
+
+
+def idefics3(template: str) -> tuple[ProcessorMixin, Callable[[], PreTrainedModel]]:
+    processor = Idefics3Processor(
+        Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16}),
+        tokenizer(),
+        image_seq_len=4,
+        chat_template=template.replace("IMAGE", "<image>"),
+    )
+    config = Idefics3Config(
+        text_config=LlamaConfig(vocab_size=len(processor.tokenizer), **TEXT_CONFIG),
+        vision_config={"patch_size": 4, **VISION_CONFIG},
+        scale_factor=2,
+        image_token_id=processor.image_token_id,
+    )
+    return processor, lambda: Idefics3ForConditionalGeneration(config)
+
+
+def gemma3(template: str) -> tuple[ProcessorMixin, Callable[[], PreTrainedModel]]:
+    tokens = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
+    processor = Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 16, "width": 16}),
+        tokenizer(extra_special_tokens=tokens),
+        image_seq_length=4,
+        chat_template="<s>" + template.replace("IMAGE", "<start_of_image>"),
+    )
+    words = processor.tokenizer
+    text = {"vocab_size": len(words), "head_dim": 8, "sliding_window": 64, **TEXT_CONFIG}
+    config = Gemma3Config(
+        text_config=Gemma3TextConfig(**text),
+        vision_config=SiglipVisionConfig(patch_size=4, **VISION_CONFIG),
+        mm_tokens_per_image=4,
+        image_token_id=words.image_token_id,
+        boi_token_index=words.boi_token_id,
+        eoi_token_index=words.eoi_token_id,
+    )
+    return processor, lambda: Gemma3ForConditionalGeneration(config)
+
+
+FAMILIES = {"llava": llava, "qwen2_vl": qwen2_vl, "idefics3": idefics3, "gemma3": gemma3}
