@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from graphtune.capture import capture
@@ -61,7 +60,7 @@ def origin(model: ModelConfig) -> dict[str, Any]:
 
 def empty_model(
     model: ModelConfig, device: torch.device, config: PretrainedConfig | None = None
-) -> nn.Module:
+) -> Any:
     """The model without weights, in the dtype that it will have on a device.
 
     Args:
