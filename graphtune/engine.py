@@ -6,26 +6,30 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from graphtune.errors import UserError
-from graphtune.losses import cross_entropy, labelled_tokens
+from graphtune.losses import (
+    ROW_INPUTS,
+    Batch,
+    Loss,
+    cross_entropy,
+    labelled_tokens,
+    loss_sum,
+    with_rows,
+)
 from graphtune.program import Program
 from graphtune.quantization import recompute_in_backward
 from graphtune.recomputation import as_tagged, by_region
 from graphtune.torch_private import salted_cache
 from graphtune.training.optimizers import OptimizerInBackward
-
-Batch = Mapping[str, Tensor]
-Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""Logits, labels, and weights or None -> the loss summed over all labelled tokens."""
 
 
 class NotFinite(RuntimeError):
@@ -71,24 +75,24 @@ class TrainStep:
         self.parameters = list(program.trainable_parameters())
         self._updates_in_backward = isinstance(optimizer, OptimizerInBackward)
         self._tag = plan_hash(program)
+        self._drops = any(n.target == "training" for n in program.graph.find_nodes(op="get_attr"))
         self._uncompiled = by_region(program)
-        self._compiled = torch.compile(self._eager_loss_sum, fullgraph=True) if compile else None
+        self._compiled = torch.compile(self._graph_loss_sum, fullgraph=True) if compile else None
 
-    def _eager_loss_sum(self, batch: Batch) -> Tensor:
-        return self._loss_sum_of(self.program, batch)
-
-    def _loss_sum_of(self, program: Program, batch: Batch) -> Tensor:
-        logits = program(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
-        return self.loss(logits, batch["labels"], batch.get("weights"))
+    def _graph_loss_sum(self, batch: Batch) -> Tensor:
+        return loss_sum(self.program, batch, self.loss)
 
     def _plain_loss_sum(self, batch: Batch) -> Tensor:
         with recompute_in_backward():  # what the compiler does by the graph's tags
-            return self._loss_sum_of(self._uncompiled, batch)
+            return loss_sum(self._uncompiled, with_rows(self.program, batch), self.loss)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Loss summed over the batch's labelled tokens, differentiable."""
         if self._compiled is None:
             return self._plain_loss_sum(batch)
+        batch = with_rows(self.program, batch)
+        for name in ROW_INPUTS.keys() & batch.keys():  # how many there are differs by batch
+            torch._dynamo.mark_dynamic(batch[name], 1)
         with salted_cache(self._tag), as_tagged(self.program):
             return self._compiled(batch)
 
@@ -168,7 +172,8 @@ class TrainStep:
             RuntimeError: naming the parameter and the difference.
         """
         was_training = self.program.training
-        self.program.eval()
+        if self._drops:  # else the mode is all the same, and a change of it compiles once more
+            self.program.eval()
         try:
             expected_loss, expected = self._gradients(self._plain_loss_sum, batch)
             loss, found = self._gradients(self.loss_sum, batch)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphtune.program import INPUTS
 from graphtune.rewrite import insert_call
 from graphtune.sites import find_sites, module_of
 from graphtune.torch_private import is_grad_mode_block
 
 aten = torch.ops.aten
-INPUTS = ("input_ids", "attention_mask", "position_ids")
 BY = "capture"
 
 
@@ -220,8 +220,18 @@ def _flat(node: fx.Node) -> list[Any]:
 
 
 def switch_dropout(graph: fx.Graph) -> None:
-    """Let dropout, also attention's own, read the `training` flag when the graph runs."""
-    drops = [n for n in graph.nodes if n.target is aten.dropout.default]
+    """Let dropout, also attention's own, read the `training` flag when the graph runs.
+
+    Dropout with probability 0 goes: it does nothing in either mode, and a graph that reads the flag
+    is compiled for each.
+    """
+    drops = []
+    for node in graph.find_nodes(op="call_function", target=aten.dropout.default):
+        if node.args[1]:
+            drops.append(node)
+        else:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     attends = [
         site.node
         for site in find_sites(graph)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from graphtune.inspect.memory import MemoryEstimate
 
 
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+"""What every program takes first."""
+
+
 @dataclass(frozen=True)
 class LedgerRow:
     """What one pass did. Counts are differences to the program that the pass was given."""
@@ -72,13 +76,13 @@ class Deferred:
     Attributes:
         checkpoint: the tensors that a checkpoint must bring, by name, with shape and dtype.
         fills: what passes compute from them, in the order in which passes were applied.
-        claims: passes that claim the same logits as before: name of the pass, the graph before,
-            the graph after.
+        claims: passes that claim the same output as before: name of the pass, its numerics class,
+            the graph before, the graph after.
     """
 
     checkpoint: Mapping[str, Tensor]
     fills: tuple[Fill, ...] = ()
-    claims: tuple[tuple[str, fx.Graph, fx.Graph], ...] = ()
+    claims: tuple[tuple[str, str, fx.Graph, fx.Graph], ...] = ()
 
 
 class Program(nn.Module):
@@ -90,7 +94,8 @@ class Program(nn.Module):
 
     Attributes:
         graph_module: the graph in the pre-autograd training IR of `torch.export`; its inputs
-            are `input_ids`, `attention_mask`, `position_ids`, its output the logits.
+            are `input_ids`, `attention_mask`, `position_ids` and what a pass added (see
+            `inputs`), its output the logits, or what a pass made of them.
         ledger: one row for each pass that was applied, in order.
         info: where the weights came from.
         deferred: what `load_weights` must do; None where the weights are there.
@@ -138,6 +143,7 @@ class Program(nn.Module):
         self.info = info
         self.ledger = tuple(ledger)
         self.deferred = deferred
+        self._added = tuple(self.inputs)[len(INPUTS) :]
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         *path, leaf = name.split(".")
@@ -162,13 +168,19 @@ class Program(nn.Module):
     def graph(self) -> fx.Graph:
         return self.graph_module.graph
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Shape-only tensors of what the graph takes, by name."""
+        return {str(n.target): n.meta["val"] for n in self.graph.find_nodes(op="placeholder")}
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        **added: Tensor,
     ) -> Tensor:
-        """Logits of every position.
+        """Logits of every position, or what a pass made of them.
 
         Args:
             input_ids: int64 (batch, seq).
@@ -176,17 +188,25 @@ class Program(nn.Module):
                 or (batch, seq), nonzero where the token is not padding; without it, causal.
             position_ids: int64 (batch, seq); without it, counted from 0, and from the first
                 token that is not padding where a (batch, seq) mask is given.
+            added: what a pass added to the graph's `inputs`, by name; for `FusedLoss` see
+                `graphtune.losses.labelled_rows`.
 
         Returns:
-            Logits, (batch, seq, vocab), in the dtype of the weights.
+            Logits, (batch, seq, vocab), in the dtype of the weights; after `FusedLoss` the loss.
         """
         if self.deferred is not None:
             raise UserError("the program has no weights yet; graphtune.load_weights gives them")
+        if len(added) != len(self._added) or any(name not in added for name in self._added):
+            raise UserError(
+                f"the program takes {', '.join(self._added) or 'nothing'} beside ids, mask and "
+                f"positions; it was given {', '.join(added) or 'nothing'}"
+            )
         if position_ids is None:
             position_ids = default_position_ids(input_ids, attention_mask)
         if attention_mask is None or attention_mask.dim() == 2:
             attention_mask = causal_mask(input_ids, attention_mask)
-        return self.graph_module(input_ids, attention_mask, position_ids)
+        more = [added[name] for name in self._added]
+        return self.graph_module(input_ids, attention_mask, position_ids, *more)
 
     def train(self, mode: bool = True) -> Program:
         """Switch dropout on (or off): the graph reads this flag where it drops."""

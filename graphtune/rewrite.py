@@ -103,6 +103,7 @@ class Edit:
         self.buffers = program.all_buffers()
         self.info = program.info
         self.figures: dict[str, float] = {}
+        self.pasted: list[fx.Node] = []
         self._fills: list[Fill] = []
         self._origin: fx.Node | None = None
         self._notes: dict[str, Any] = {}
@@ -140,6 +141,26 @@ class Edit:
         node = insert_call(self.graph, target, *args, origin=self._origin, by=self.by, **kwargs)
         node.meta["custom"].update(self._notes)
         return node
+
+    def paste(self, body: fx.Graph, inputs: Iterable[fx.Node]) -> list[fx.Node]:
+        """Insert a copy of a graph that returns a tuple, at the place that `after` set.
+
+        Args:
+            body: its nodes carry shapes of the program's own symbols.
+            inputs: what its placeholders are.
+
+        Returns:
+            What it returns; `pasted` are all its nodes.
+        """
+        assert self._origin is not None, "paste() belongs inside `with edit.after(node):`"
+        values = dict(zip(body.find_nodes(op="placeholder"), inputs, strict=True))
+        given = set(values)
+        results = self.graph.graph_copy(body, values)
+        self.pasted = [copy for node, copy in values.items() if node not in given]
+        for node in self.pasted:
+            node.meta = {"val": node.meta["val"]}
+            _set_origin(node, self._origin, self.by)
+        return list(results)
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """Insert a cast where the node has another dtype."""
@@ -268,7 +289,7 @@ class Edit:
             return None
         claims = before.claims
         if numerics != "lossy":
-            claims = (*claims, (self.by, self.program.graph, self.graph))
+            claims = (*claims, (self.by, numerics, self.program.graph, self.graph))
         return dataclasses.replace(before, fills=(*before.fills, *self._fills), claims=claims)
 
 

@@ -20,12 +20,13 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy
 from transformers import AutoConfig, PretrainedConfig
 
-import graphtune.models.kernels  # noqa: F401  (its operators are looked up by name)
+import graphtune.gradients  # noqa: F401  (its operators are looked up by name)
+import graphtune.models.kernels  # noqa: F401  (as are its)
 import graphtune.noise  # noqa: F401  (as are its)
 from graphtune.errors import UserError
-from graphtune.program import Deferred, LedgerRow, ModelInfo, Program
+from graphtune.program import INPUTS, Deferred, LedgerRow, ModelInfo, Program
 from graphtune.quantization import FORMATS, Format
-from graphtune.torch_private import fake_parameter, propagate, symbolic_inputs
+from graphtune.torch_private import fake_parameter, propagate, symbolic_input, symbolic_inputs
 
 _KEY = "graphtune"
 _VERSION = 1
@@ -190,6 +191,10 @@ def _write_node(node: fx.Node) -> dict[str, Any]:
         "trace": node.meta.get("stack_trace"),
         "custom": _write(node.meta.get("custom", {})),
     }
+    if node.op == "placeholder":
+        value = node.meta["val"]
+        written["shape"] = [size if isinstance(size, int) else None for size in value.shape]
+        written["dtype"] = _write(value.dtype)
     if "recompute" in node.meta:
         written["recompute"] = [node.meta["recompute"].name, node.meta["ac_graph_id"]]
     return written
@@ -228,7 +233,10 @@ def _read_graph(written: list[dict[str, Any]], tensors: Mapping[str, Tensor]) ->
         if "recompute" in says:
             node.meta["recompute"] = CheckpointPolicy[says["recompute"][0]]
             node.meta["ac_graph_id"] = says["recompute"][1]
-        if node.op != "output":
+        if node.op == "placeholder":
+            dtype = _read(says["dtype"], nodes)
+            node.meta["val"] = shapes.of_input(str(node.target), tuple(says["shape"]), dtype)
+        elif node.op != "output":
             node.meta["val"] = shapes.of(node)
     return graph
 
@@ -242,14 +250,22 @@ class _Shapes:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
-        self.inputs = list(symbolic_inputs(next(iter(tensors.values())).device))
-        self.like: Any = self.inputs[0]
+        captured = symbolic_inputs(next(iter(tensors.values())).device)
+        self.inputs = dict(zip(INPUTS, captured, strict=True))
+        self.like: Any = captured[0]
         self.known: dict[tuple[Any, ...], Any] = {}
         self.first: dict[Any, Any] = {}  # equal values are one object, so that keys meet
 
+    def of_input(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
+        """An input; those that passes added have one free size, the same for the same shape."""
+        if name in self.inputs:
+            return self.inputs[name]
+        if shape not in self.known:
+            assert shape[0] is not None and shape[1:] == (None,)
+            self.known[shape] = symbolic_input(self.like, shape[0])
+        return self.known[shape].to(dtype)
+
     def of(self, node: fx.Node) -> Any:
-        if node.op == "placeholder":
-            return self.inputs.pop(0)
         if node.op == "get_attr":
             tensor = self.tensors.get(node.target)
             if tensor is None:

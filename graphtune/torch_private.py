@@ -3,7 +3,7 @@
 `tests/test_torch_private.py` fails clearly when torch moves one of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch._functorch import config as functorch_config
 from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled as _wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,6 +76,21 @@ def symbolic_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     with mode:
         mask = torch.empty(batch, 1, seq, seq, dtype=torch.bool, device=device)
         return ids, mask, torch.empty_like(ids)
+
+
+def symbolic_input(like: FakeTensor, rows: int) -> Tensor:
+    """A shape-only int64 (rows, n) in the fake world of `like`, where n is a symbol of its own."""
+    free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC, DimDynamic.DYNAMIC])
+    example = torch.zeros(rows, 7, dtype=torch.int64, device=like.device)
+    return like.fake_mode.from_tensor(example, symbolic_context=free)
+
+
+def trace(function: Callable[..., Any], inputs: Sequence[FakeTensor]) -> fx.Graph:
+    """The operators that a function of tensors runs, those of gradients that it asks for included.
+
+    `torch.export` traces modules, and leaves gradients to autograd.
+    """
+    return make_fx(function, tracing_mode="symbolic")(*inputs).graph
 
 
 def salted_cache(salt: str) -> AbstractContextManager:

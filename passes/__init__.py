@@ -5,6 +5,7 @@ from graphtune.passes.adapters import SetAdapter
 from graphtune.passes.base import Pass, Stage
 from graphtune.passes.dora import DoRA
 from graphtune.passes.full import Freeze, Full
+from graphtune.passes.fused_loss import FusedLoss
 from graphtune.passes.lora import LoRA
 from graphtune.passes.merge import Merge, Unmerge
 from graphtune.passes.neftune import NEFTune
@@ -21,6 +22,7 @@ _ALL: tuple[type[Pass], ...] = (
     Freeze,
     NEFTune,
     Merge,
+    FusedLoss,
     ActivationCheckpoint,
 )
 registry: dict[str, type[Pass]] = {one.name: one for one in _ALL}
@@ -30,6 +32,7 @@ __all__ = [
     "DoRA",
     "Freeze",
     "Full",
+    "FusedLoss",
     "LoRA",
     "Merge",
     "NEFTune",

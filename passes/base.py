@@ -17,19 +17,23 @@ from graphtune.rewrite import Edit
 from graphtune.sites import Site
 from graphtune.verify import verify
 
-Numerics: TypeAlias = Literal["exact", "identity_at_init", "lossy"]
+Numerics: TypeAlias = Literal["exact", "identity_at_init", "rounding", "lossy"]
 
 
 class Stage(IntEnum):
-    """The fixed order of passes. Within a stage, the order in which they were named."""
+    """The fixed order of passes. Within a stage, the order in which they were named.
+
+    Until DISTRIBUTE passes make the model, which all its uses share; LOSS and CHECKPOINT only say
+    how it is trained (see `Program.apply`).
+    """
 
     NORMALIZE = 0
     QUANTIZE = 1
     ADAPT = 2
     QAT = 3
-    LOSS = 4
-    CHECKPOINT = 5
-    DISTRIBUTE = 6
+    DISTRIBUTE = 4
+    LOSS = 5
+    CHECKPOINT = 6
     COMPILE = 7
     EXPORT = 8
 
@@ -47,8 +51,9 @@ class Pass:
         stage: when it runs.
         order: when it runs within its stage; lower first, then as they were named.
         numerics: what it does to the logits. `exact`: the same bits; `identity_at_init`: the
-            same bits until training changes its parameters; `lossy`: other values. A pass that
-            does this or that, depending on its options, makes it a property.
+            same bits until training changes its parameters; `rounding`: the same numbers, rounded
+            otherwise; `lossy`: other values. A pass that does this or that, depending on its
+            options, makes it a property.
         conflicts: names of passes after which this one cannot be applied.
         site_options: the options that a rule may override at its sites.
     """

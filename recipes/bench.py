@@ -53,7 +53,6 @@ def bench(cfg: SFTConfig, steps: int) -> dict[str, Any]:
     passes = make_passes(cfg.passes)
     for one in passes:
         one.check(empty)
-    program = capture(empty).apply(*passes)
     # Each epoch is a step; and a schedule for as many would be another than the config's.
     cfg = dataclasses.replace(cfg, epochs=steps + 1, max_steps=None, lr_scheduler=None)
     batch_size = cfg.loader.batch_size
@@ -69,7 +68,8 @@ def bench(cfg: SFTConfig, steps: int) -> dict[str, Any]:
         resume_from=None,
         batch_size=None if batch_size == "auto" else batch_size,
     )
-    rows = choose_batch_size(job, program)
+    program = capture(empty).apply(*job.model_passes)
+    rows = choose_batch_size(job, program.apply(*job.step_passes))
     count = rows * cfg.gradient_accumulation_steps
     data = _random_data(empty.config.vocab_size, cfg.loader.length, count)
     loader = job.loader(data, rows, train=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from graphtune.config import (
 from graphtune.data import Batching, Dataset, Loader, StreamingDataset, mix
 from graphtune.errors import UserError
 from graphtune.models import load_tokenizer
-from graphtune.passes import Pass
+from graphtune.passes import FusedLoss, Pass, Stage
 from graphtune.program import Program
 from graphtune.recipes import check_length, empty_model, make_passes, origin
 from graphtune.recipes.generate import encode_chat
@@ -55,6 +56,16 @@ class Job:
     retention: Data | None
     resume_from: Path | None  # checkpoint
     batch_size: int | None  # None: `choose_batch_size` finds it
+
+    @property
+    def model_passes(self) -> list[Pass]:
+        """Those that make the model, which all its uses share."""
+        return [one for one in self.passes if one.stage < Stage.LOSS]
+
+    @property
+    def step_passes(self) -> list[Pass]:
+        """Those that say how it is trained: the loss, and what is kept for the backward pass."""
+        return [one for one in self.passes if one.stage >= Stage.LOSS]
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -96,7 +107,7 @@ def prepare(config: DictConfig) -> Job:
     counters = {} if resume_from is None else saved_counters(resume_from, to_plain(cfg))
     check_loggers(cfg.loggers)
     device = pick_device(cfg.device)
-    passes = make_passes(cfg.passes)
+    passes = [with_loss_options(one, cfg) for one in make_passes(cfg.passes)]
     empty = empty_model(cfg.model, device)
     check_length(cfg, empty.config)
     for one in passes:
@@ -129,6 +140,13 @@ def prepare(config: DictConfig) -> Job:
         resume_from=resume_from,
         batch_size=counters.get("batch_size") if chosen == "auto" else chosen,
     )
+
+
+def with_loss_options(one: Pass, cfg: SFTConfig) -> Pass:
+    """A pass, the config's `label_smoothing` and `z_loss` with it if it computes the loss."""
+    if not isinstance(one, FusedLoss):
+        return one
+    return dataclasses.replace(one, label_smoothing=cfg.label_smoothing, z_loss=cfg.z_loss)
 
 
 def goes_on_in_place(cfg: SFTConfig) -> bool:

@@ -22,6 +22,7 @@ from graphtune.config import to_plain, to_yaml
 from graphtune.data import Batch, Loader
 from graphtune.engine import NotFinite, TrainStep, compile_step, save_batches
 from graphtune.losses import cross_entropy
+from graphtune.passes import FusedLoss
 from graphtune.program import Program
 from graphtune.recipes import save_trained
 from graphtune.recipes.generate import encode_chat, generate, stop_ids
@@ -79,18 +80,18 @@ def run(config: DictConfig) -> Run:
     with clock.phase("capture", "capturing the graph"):
         program = capture(job.empty)
     with clock.phase("passes", "applying passes"):
-        program = program.apply(*job.passes)
+        program = program.apply(*job.model_passes)
     with clock.phase("memory", "estimating memory"):
-        batch_size = choose_batch_size(job, program)
+        batch_size = choose_batch_size(job, program.apply(*job.step_passes))
         loader = job.loader(job.dataset, batch_size, train=True)
         make_scheduler(make_optimizer(program, cfg), cfg, job.steps(loader))  # fails here, or never
     with clock.phase("load", "loading weights"):
         program = load_weights(program, device=job.device, **job.origin)
     run = Run.create(cfg.output_dir, to_yaml(cfg), resume=goes_on_in_place(cfg))
-    console.print(f"{program}\nbatches of {batch_size}, {job.steps(loader)} steps")
 
     with explaining_out_of_memory(batch_size, cfg.loader.length):
         training = set_up(program, job, loader)
+        console.print(f"{training.step.program}\nbatches of {batch_size}, {training.steps} steps")
         with clock.phase("compile", "compiling the step, and checking its gradients"):
             warm_up(training)
         go_on(training, run, console)
@@ -118,10 +119,14 @@ def run(config: DictConfig) -> Run:
 
 @dataclass
 class Training:
-    """What takes steps, and what they change."""
+    """What takes steps, and what they change.
+
+    The programs share all tensors.
+    """
 
     job: Job
-    program: Program
+    program: Program  # gives logits
+    evaluated: Program  # perhaps the loss alone, which takes less memory
     optimizer: torch.optim.Optimizer
     scheduler: Any
     ema: EMA | None
@@ -138,21 +143,25 @@ class Training:
 def set_up(program: Program, job: Job, loader: Loader) -> Training:
     """Optimizer, schedule and step of a job, about to take the first step."""
     cfg = job.config
+    trained = program.apply(*job.step_passes)
+    fused = [one for one in job.step_passes if isinstance(one, FusedLoss)]
+    plain = [FusedLoss(one.chunks, backward=False) for one in fused]
     steps = job.steps(loader)
     optimizer = make_optimizer(program, cfg)
     scheduler = make_scheduler(optimizer, cfg, steps)
     ema = None if cfg.ema_decay is None else EMA(program.named_parameters(), cfg.ema_decay)
     loss = functools.partial(cross_entropy, label_smoothing=cfg.label_smoothing, z_loss=cfg.z_loss)
     step = compile_step(
-        program, optimizer, compile=cfg.compile, clip_grad_norm=cfg.clip_grad_norm, loss=loss
+        trained, optimizer, compile=cfg.compile, clip_grad_norm=cfg.clip_grad_norm, loss=loss
     )
     start_training(optimizer)
     parts = {"scheduler": scheduler, "ema": ema, "loader": loader}
     state = TrainState(
-        program, [optimizer], to_plain(cfg), {k: v for k, v in parts.items() if v is not None}
+        trained, [optimizer], to_plain(cfg), {k: v for k, v in parts.items() if v is not None}
     )
     state.counters["batch_size"] = loader.batching.batch_size  # if it was chosen, it stays
-    return Training(job, program, optimizer, scheduler, ema, step, loader, steps, state)
+    evaluated = program.apply(*plain)
+    return Training(job, program, evaluated, optimizer, scheduler, ema, step, loader, steps, state)
 
 
 def warm_up(training: Training) -> None:
@@ -299,10 +308,10 @@ def evaluate(training: Training, *, retention: bool = True) -> dict[str, float]:
     with evaluation_weights(training.optimizer, training.ema):
         if job.dataset_val is not None:
             batches = training.evaluating(job.dataset_val)
-            results["heldout_loss"] = evaluate_loss(training.program, batches)
+            results["heldout_loss"] = evaluate_loss(training.evaluated, batches)
         if retention and job.retention is not None:
             batches = training.evaluating(job.retention)
-            results["retention_perplexity"] = math.exp(evaluate_loss(training.program, batches))
+            results["retention_perplexity"] = math.exp(evaluate_loss(training.evaluated, batches))
     return results
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from graphtune.losses import cross_entropy
+from graphtune.losses import ROW_INPUTS, cross_entropy
 from graphtune.quantization import recompute_in_backward
 from graphtune.recomputation import by_region
 from graphtune.torch_private import TensorMode, fake_tensors
@@ -88,7 +88,7 @@ def _measure(
         }
         tensors |= {n: torch.empty(b.shape, dtype=b.dtype) for n, b in program.named_buffers()}
         trainable = [t for t in tensors.values() if isinstance(t, nn.Parameter) and t.requires_grad]
-        inputs = None if shape is None else _inputs(*shape)
+        inputs = None if shape is None else _inputs(program, *shape)
         with _Live() as live:
             live.count(tensors.values())
             parameters = live.now
@@ -110,10 +110,16 @@ def _measure(
     )
 
 
-def _inputs(batch: int, seq: int) -> Sequence[Tensor]:
+def _inputs(program: Program, batch: int, seq: int) -> Sequence[Tensor]:
+    """A batch in which every token has a label."""
     ids = torch.zeros(batch, seq, dtype=torch.int64)
     mask = torch.ones(batch, 1, seq, seq, dtype=torch.bool)
-    return ids, mask, torch.zeros(batch, seq, dtype=torch.int64)
+    inputs = [ids, mask, torch.zeros(batch, seq, dtype=torch.int64)]
+    if "rows" in program.inputs:
+        chunks = int(program.inputs["rows"].shape[0])
+        size = max(2, -(-batch * seq // chunks))
+        inputs += [torch.zeros(chunks, size, dtype=dtype) for dtype in ROW_INPUTS.values()]
+    return inputs
 
 
 def _optimize(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
@@ -125,9 +131,11 @@ def _optimize(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
 
 def _backward(program: Program, tensors: dict[str, Tensor], inputs: Sequence[Tensor]) -> None:
     with recompute_in_backward():  # as the step does where nothing is compiled
-        logits = torch.func.functional_call(by_region(program).graph_module, tensors, tuple(inputs))
-        loss = cross_entropy(logits, inputs[0]) / inputs[0].numel()
-        del logits
+        output = torch.func.functional_call(by_region(program).graph_module, tensors, tuple(inputs))
+        if "rows" not in program.inputs:
+            output = cross_entropy(output, inputs[0])
+        loss = output.sum() / inputs[0].numel()
+        del output
     loss.backward()
 
 

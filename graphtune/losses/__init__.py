@@ -6,6 +6,23 @@ from graphtune.losses.cross_entropy import (
     labelled_tokens,
     shift_labels,
     shift_weights,
+    token_cross_entropy,
+    token_cross_entropy_slope,
 )
+from graphtune.losses.rows import ROW_INPUTS, Batch, Loss, labelled_rows, loss_sum, with_rows
 
-__all__ = ["IGNORE_INDEX", "cross_entropy", "labelled_tokens", "shift_labels", "shift_weights"]
+__all__ = [
+    "IGNORE_INDEX",
+    "ROW_INPUTS",
+    "Batch",
+    "Loss",
+    "cross_entropy",
+    "labelled_rows",
+    "labelled_tokens",
+    "loss_sum",
+    "shift_labels",
+    "shift_weights",
+    "token_cross_entropy",
+    "token_cross_entropy_slope",
+    "with_rows",
+]

@@ -69,3 +69,49 @@ def labelled_tokens(labels: Tensor, weights: Tensor | None = None) -> Tensor:
     the sum of their weights, a scalar float32."""
     labelled = labels[:, 1:] != IGNORE_INDEX
     return labelled.sum() if weights is None else (labelled * weights[:, 1:]).sum()
+
+
+def token_cross_entropy(
+    logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> Tensor:
+    """Cross entropy of each row by itself, float32 (n,), in nats.
+
+    Args:
+        logits: (n, vocab), any float dtype; computed in float32.
+        targets: int64 (n,), the token that each row is to predict; none is ignored.
+        label_smoothing, z_loss: as of `cross_entropy`.
+    """
+    logits = logits.float()
+    log_denominator = logits.logsumexp(-1)
+    aimed = logits.gather(1, targets[:, None]).squeeze(1)
+    if label_smoothing:
+        aimed = (1 - label_smoothing) * aimed + label_smoothing * logits.mean(-1)
+    loss = log_denominator - aimed
+    return loss + z_loss * log_denominator.square() if z_loss else loss
+
+
+def token_cross_entropy_slope(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Gradient of `(token_cross_entropy(...) * weights).sum()` with respect to the logits.
+
+    Args:
+        logits, targets, label_smoothing, z_loss: as of `token_cross_entropy`.
+        weights: float32 (n,).
+
+    Returns:
+        (n, vocab), in the dtype of the logits.
+    """
+    dtype, vocab = logits.dtype, logits.shape[-1]
+    logits = logits.float()
+    log_denominator = logits.logsumexp(-1)
+    scale = weights * (1 + 2 * z_loss * log_denominator) if z_loss else weights
+    slope = (logits - log_denominator[:, None]).exp_().mul_(scale[:, None])
+    if label_smoothing:
+        slope.sub_(weights[:, None] * (label_smoothing / vocab))
+    slope.scatter_add_(1, targets[:, None], weights[:, None] * (label_smoothing - 1))
+    return slope.to(dtype)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from graphtune.losses import cross_entropy, labelled_tokens
+from graphtune.losses import labelled_tokens, loss_sum, with_rows
 from graphtune.program import Program
 
 
@@ -24,12 +24,8 @@ def evaluate_loss(program: Program, batches: Iterable[Mapping[str, Tensor]]) -> 
     try:
         for batch in batches:
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-            logits = program(
-                on_device["input_ids"], on_device["attention_mask"], on_device["position_ids"]
-            )
-            weights = on_device.get("weights")
-            loss += cross_entropy(logits, on_device["labels"], weights).item()
-            tokens += labelled_tokens(on_device["labels"], weights).item()
+            loss += loss_sum(program, with_rows(program, on_device)).item()
+            tokens += labelled_tokens(on_device["labels"], on_device.get("weights")).item()
     finally:
         program.train(was_training)
     return loss / tokens if tokens else 0.0
