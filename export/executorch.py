@@ -92,9 +92,9 @@ def to_executorch(
         overwrite, run: see `graphtune.export.artifact.artifact`.
 
     Raises:
-        UserError: executorch is not installed; `out_dir` holds something; the program is not float32 or not on the CPU;
-            `max_seq_len` does not suit the model; a matrix product with a weight would not run
-            in XNNPACK.
+        UserError: executorch is not installed; `out_dir` holds something; the program is not
+            float32 or not on the CPU; `max_seq_len` does not suit the model; a matrix product
+            with a weight would not run in XNNPACK.
         RuntimeError: the file's logits differ from the eager ones by more than that.
     """
     require("executorch")

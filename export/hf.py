@@ -80,8 +80,7 @@ def write_hf(
 ) -> None:
     """The files of `to_hf`, into a folder that is there."""
     state = program.state_dict()
-    _check_layout(state)
-    _check_passes(program)
+    check_mergeable(program, state)
     config = _config_of(program, state)
     config.save_pretrained(folder)
     _generation_config_of(program, config).save_pretrained(folder)
@@ -95,12 +94,18 @@ def write_hf(
     )
 
 
+def check_mergeable(program: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise UserError if a program is more than the weights of its model's own class."""
+    _check_layout(state)
+    _check_passes(program)
+
+
 def _check_passes(program: nn.Module) -> None:
     known = {"quantize", "lora", "dora", "set_adapter", "full", "freeze", "merge"}
     for row in getattr(program, "ledger", ()):
         if row.name not in known and row.parameters > 0:
             raise UserError(
-                f"to_hf: the pass {row.name!r} added parameters, which the model's own class in "
+                f"export: the pass {row.name!r} added parameters, which the model's own class in "
                 "transformers would leave out"
             )
 
@@ -109,12 +114,12 @@ def _check_layout(state: Mapping[str, Tensor]) -> None:
     # transformers would ignore the extra keys, and load the base model without a word.
     if packed := next((name for name in state if re.search(r"_(nf4|int8|int4)$", name)), None):
         raise UserError(
-            f"to_hf: the program has quantized weights ({packed}), for which Hugging Face has no "
+            f"export: the program has quantized weights ({packed}), for which Hugging Face has no "
             "layout; apply Merge(dequantize=True), or merge into a base that is not quantized"
         )
     if adapter := next((name for name in state if is_adapter_parameter(name)), None):
         raise UserError(
-            f"to_hf: the program has adapters that are not merged ({adapter}); "
+            f"export: the program has adapters that are not merged ({adapter}); "
             "apply Merge() first, or save them with to_peft"
         )
 
