@@ -45,12 +45,17 @@ def exported(program: Program) -> ExportedProgram:
     example = torch.ones(2, min(16, positions or 16), dtype=torch.int64, device=_device(program))
     with evaluating(program):
         # Non-strict: Dynamo does not trace a graph that torch.export made before.
-        return torch.export.export(
+        result = torch.export.export(
             _Served(program),
             (example, example.clone()),
             dynamic_shapes=({0: batch, 1: seq}, {0: batch, 1: seq}),
             strict=False,
         )
+    # Who loads the file has torch, not the operators that give quantized weights back.
+    own = {
+        n.target for n in result.graph.nodes if getattr(n.target, "namespace", "") == "graphtune"
+    }
+    return result.run_decompositions({op: op.decompose for op in own}) if own else result
 
 
 def check_served(
