@@ -31,7 +31,7 @@ def to_aoti(
     size, the mask nonzero where a token is not padding. Needs a C++ compiler.
 
     Args:
-        program: adapters and quantized weights stay as they are.
+        program: with weights that are not quantized; adapters stay as they are.
         out_dir: must be missing or empty; gets `model.pt2`, the tokenizer, `manifest.json`.
         tokenizer: saved beside the program; its ids are what is compared on.
         tolerance: largest difference of a logit, where logits reach 10 or less; None: 1e-4 for a
@@ -42,7 +42,7 @@ def to_aoti(
         The folder.
 
     Raises:
-        UserError: `out_dir` holds something, or the program has no weights yet.
+        UserError: `out_dir` holds something, the program has no weights yet, or they are quantized.
         RuntimeError: the logits of the package differ by more than `tolerance`.
     """
     with artifact(out_dir, "aoti", program, overwrite=overwrite, run=run) as made:

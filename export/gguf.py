@@ -224,6 +224,12 @@ def _write(
             add_tokenizer(writer, tokenizer, config.vocab_size, _stop_ids(program))
         else:
             writer.add_tokenizer_model("none")
+        for name in ("bos", "eos", "unk", "pad"):
+            for source in (tokenizer, config):
+                index = getattr(source, f"{name}_token_id", None)
+                if isinstance(index, int):
+                    getattr(writer, f"add_{name}_token_id")(index)
+                    break
         for name, values in extra.items():
             writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
         for entry in tensors:

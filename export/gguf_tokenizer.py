@@ -122,11 +122,6 @@ def _adds_space(content: dict[str, Any]) -> bool:
 def _add_special(
     writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]
 ) -> None:
-    names = {"bos": "bos", "eos": "eos", "unk": "unk", "pad": "pad"}
-    for name in names:
-        index = getattr(tokenizer, f"{name}_token_id")
-        if index is not None:
-            getattr(writer, f"add_{name}_token_id")(index)
     others = [index for index in stop_ids if index != tokenizer.eos_token_id]
     if others:
         writer.add_eot_token_id(others[0])

@@ -33,7 +33,7 @@ def to_onnx(
     where a token is not padding; the output is `logits`, (batch, seq, vocab).
 
     Args:
-        program: in float32; adapters and quantized weights stay as they are.
+        program: in float32, its weights not quantized; adapters stay as they are.
         out_dir: must be missing or empty; gets the model, the tokenizer, `manifest.json`.
         tokenizer: saved beside the program; its ids are what is compared on.
         tolerance: largest difference of a logit, where logits reach 10 or less; None: 1e-4.
@@ -43,8 +43,8 @@ def to_onnx(
         The folder.
 
     Raises:
-        UserError: a package is missing, `out_dir` holds something, the program is not float32 on
-            the CPU, or an operator of it has no form in ONNX.
+        UserError: a package is missing, `out_dir` holds something, the program is not plain float32
+            on the CPU, or an operator of it has no form in ONNX.
         RuntimeError: the logits of the file differ by more than `tolerance`.
     """
     require("onnx")

@@ -29,7 +29,7 @@ def to_pt2(
     are int64 (batch, seq), of any size, the mask nonzero where a token is not padding.
 
     Args:
-        program: adapters and quantized weights stay as they are.
+        program: with weights that are not quantized; adapters stay as they are.
         out_dir: must be missing or empty; gets `model.pt2`, the tokenizer, `manifest.json`.
         tokenizer: saved beside the program; its ids are what is compared on.
         tolerance: largest difference of a logit, where logits reach 10 or less; None: 1e-4 for a
@@ -40,7 +40,7 @@ def to_pt2(
         The folder.
 
     Raises:
-        UserError: `out_dir` holds something, or the program has no weights yet.
+        UserError: `out_dir` holds something, the program has no weights yet, or they are quantized.
         RuntimeError: the logits of the file differ by more than `tolerance`.
     """
     with artifact(out_dir, "pt2", program, overwrite=overwrite, run=run) as made:

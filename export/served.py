@@ -34,7 +34,7 @@ def exported(program: Program) -> ExportedProgram:
     logits are (batch, seq, vocab).
 
     Raises:
-        UserError: the program has no weights yet.
+        UserError: the program has no weights yet, or its weights are quantized.
     """
     if program.deferred is not None:
         raise UserError("the program has no weights yet; graphtune.load_weights gives them")
@@ -52,10 +52,14 @@ def exported(program: Program) -> ExportedProgram:
             strict=False,
         )
     # Who loads the file has torch, not the operators that give quantized weights back.
-    own = {
-        n.target for n in result.graph.nodes if getattr(n.target, "namespace", "") == "graphtune"
-    }
-    return result.run_decompositions({op: op.decompose for op in own}) if own else result
+    own = [n for n in result.graph.nodes if getattr(n.target, "namespace", "") == "graphtune"]
+    if own:
+        raise UserError(
+            f"the program uses {own[0].target}, an operator of graphtune, which no file for others "
+            "can have; merge into a base that is not quantized (graphtune export does), or apply "
+            "Merge(dequantize=True)"
+        )
+    return result
 
 
 def check_served(
