@@ -248,6 +248,9 @@ def sentencepiece_like():
         models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True)
     )
     backend.normalizer = trained.normalizer
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     backend.add_special_tokens(special[:3])
     return backend
 
@@ -275,7 +278,8 @@ def test_the_file_splits_text_as_the_tokenizer(family, wide, tmp_path):
     fields = GGUFReader(path).fields
     pre = "default" if family == "sentencepiece" else family
     assert fields["tokenizer.ggml.pre"].contents() == pre
-    assert fields["tokenizer.ggml.eot_token_id"].contents() == 2 if family != "sentencepiece" else 1
+    stops = {fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")}
+    assert stops == {1, 2}
     assert len(fields["tokenizer.ggml.tokens"].contents()) == VOCAB
     read = load_tokenizer(path)
     assert read.chat_template == tokenizer.chat_template
