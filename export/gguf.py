@@ -284,7 +284,8 @@ def _check_logits(
         rounded = functional_call(program, weights, (ids.to(device),))
     rounded = getattr(rounded, "logits", rounded)
     del weights
-    loaded = load_with(path, program).to(device)
+    loaded: nn.Module = load_with(path, program)
+    loaded.to(device)
     found = logits(loaded, ids)
     del loaded
     made.check("transformers, to the program rounded", found, rounded, tolerance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ _TEXTS = (
 
 def load_with(path: Path, program: nn.Module) -> PreTrainedModel:
     """The file's tensors, as transformers reads them, in a model of the program's config."""
-    config = copy.deepcopy(program.config).get_text_config()
+    own: Any = program.config
+    config: PretrainedConfig = copy.deepcopy(own).get_text_config()
     if config.model_type == "mistral":  # llama.cpp has no such type, and transformers no names
         config = LlamaConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
     config.tie_word_embeddings = "output.weight" not in read_metadata(path).tensors

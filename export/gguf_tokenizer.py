@@ -31,7 +31,9 @@ def add_tokenizer(
         UserError: GGUF has no form for the tokenizer, or it has ids beyond the embedding.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.loads(backend.to_str()) if backend is not None else {"model": {"type": None}}
+    content: dict[str, Any] = (
+        json.loads(backend.to_str()) if backend is not None else {"model": {"type": None}}
+    )
     model = content["model"]
     if model["type"] != "BPE":
         raise UserError(

@@ -65,7 +65,7 @@ def to_hf(
         write_hf(program, made.path, tokenizer=tokenizer, max_shard_size=max_shard_size)
         if verify:
             ids = probe_ids(program, tokenizer)
-            loaded = AutoModelForCausalLM.from_pretrained(made.path)
+            loaded: nn.Module = AutoModelForCausalLM.from_pretrained(made.path)
             loaded.to(next(program.parameters()).device)
             made.check("transformers", logits(loaded, ids), logits(program, ids), tolerance)
     return Path(out_dir)

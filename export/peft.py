@@ -91,7 +91,7 @@ class _Base(Pass):
 
     name: ClassVar[str] = "base"
     stage: ClassVar[Stage] = Stage.EXPORT
-    numerics: ClassVar[Numerics] = "lossy"  # type: ignore[misc]
+    numerics: ClassVar[Numerics] = "lossy"
 
     def rewrite(self, edit: Edit) -> Iterable[Site]:
         sites = strip(edit)

@@ -102,7 +102,10 @@ def _config(format: str) -> AOBaseConfig:
 
     if format == "int8":
         return Int8WeightOnlyConfig()
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(_GROUP))
+    return IntxWeightOnlyConfig(
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        granularity=PerGroup(_GROUP),
+    )
 
 
 def _check_groups(program: nn.Module, format: str) -> None:
