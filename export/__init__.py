@@ -7,19 +7,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from graphtune.export.aoti import to_aoti
     from graphtune.export.executorch import ExecutorchReport, to_executorch
+    from graphtune.export.gguf import to_gguf
     from graphtune.export.hf import to_hf
+    from graphtune.export.onnx import to_onnx
     from graphtune.export.peft import from_peft, to_peft
+    from graphtune.export.pt2 import to_pt2
+    from graphtune.export.torchao import to_torchao
 
-__all__ = ["ExecutorchReport", "from_peft", "to_executorch", "to_hf", "to_peft"]
+__all__ = [
+    "ExecutorchReport",
+    "from_peft",
+    "to_aoti",
+    "to_executorch",
+    "to_gguf",
+    "to_hf",
+    "to_onnx",
+    "to_peft",
+    "to_pt2",
+    "to_torchao",
+]
+
+TARGETS = ("hf", "peft", "torchao", "gguf", "onnx", "pt2", "aoti", "executorch")
+"""Each is written by `to_<name>`, in the module of its name."""
 
 # public name -> the module that defines it
-_HOME = {
+_HOME = {f"to_{target}": f"graphtune.export.{target}" for target in TARGETS} | {
     "ExecutorchReport": "graphtune.export.executorch",
     "from_peft": "graphtune.export.peft",
-    "to_executorch": "graphtune.export.executorch",
-    "to_hf": "graphtune.export.hf",
-    "to_peft": "graphtune.export.peft",
 }
 
 

@@ -6,15 +6,9 @@ key-value cache, and the constants that ExecuTorch's LLM runner asks for.
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.metadata
-import json
-import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from graphtune.errors import UserError
+from graphtune.export.artifact import Artifact, artifact, evaluating
+from graphtune.export.packages import require
 from graphtune.export.xnnpack import XnnpackForms, coverage, partitioner, undelegated_matmuls
 
 if TYPE_CHECKING:
@@ -31,7 +27,6 @@ if TYPE_CHECKING:
 
 MODEL = "model.pte"
 TOKENIZER = "tokenizer.json"
-MANIFEST = "manifest.json"
 _PROBE = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all."
 
 
@@ -77,68 +72,65 @@ def to_executorch(
     max_seq_len: int = 512,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tolerance: float = 1e-4,
+    overwrite: bool = False,
+    run: str | None = None,
 ) -> ExecutorchReport:
     """Lower a float32 program to `model.pte`, run it, and keep it only if it agrees with eager.
 
     Beside it lie `tokenizer.json`, if a tokenizer is given, and `manifest.json` with the sizes
-    and SHA-256 of both. `model.pte` is replaced only by a file that was verified.
-
-    Two float32 programs that sum in another order differ too, by more the larger the logits:
-    where these reach 30, eager float32 is itself about 1e-4 from float64. Therefore `tolerance`
-    holds as it is for logits up to 10, and is scaled by their size above.
+    and SHA-256 of both. The folder appears whole or not at all.
 
     Args:
         program: forward takes `input_ids`, `attention_mask` (bool, batch x 1 x seq x seq) and
             `position_ids`, and returns logits (batch, seq, vocab); adapters merged, on the CPU.
             Capture a model with sliding windows first: transformers does not lay them into a
             mask that it is given, a Program does.
-        out_dir: made if missing.
+        out_dir: must be missing or empty.
         max_seq_len: tokens that the file takes at most; its memory is planned for that many.
         tokenizer: gives the ids of its special tokens and the text of the probe.
         tolerance: largest difference of a logit, where logits reach 10 or less.
+        overwrite, run: see `graphtune.export.artifact.artifact`.
 
     Raises:
-        UserError: executorch is not installed; the program is not float32 or not on the CPU;
-            `max_seq_len` does not suit the model; a matrix product with a weight would not run
-            in XNNPACK.
+        UserError: executorch is not installed; `out_dir` holds something; the program is not
+            float32 or not on the CPU; `max_seq_len` does not suit the model; a matrix product
+            with a weight would not run in XNNPACK.
         RuntimeError: the file's logits differ from the eager ones by more than that.
     """
-    _require_executorch()
+    require("executorch")
     _check(program, max_seq_len)
     tokenizer_json = _tokenizer_json(tokenizer)
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{MODEL}.partial-{os.getpid()}"
-    try:
-        with _evaluating(program), torch.no_grad():
+    packages = ("torch", "executorch")
+    with artifact(
+        out_dir, "executorch", program, packages=packages, overwrite=overwrite, run=run
+    ) as made:
+        file = made.path / MODEL
+        with evaluating(program):
             probe, vocab_size = _probe(program, tokenizer, max_seq_len)
             metadata = _metadata(program, tokenizer, max_seq_len, vocab_size)
             start = time.perf_counter()
-            delegates, coverage = _lower(program, partial, max_seq_len, metadata)
+            delegates, coverage = _lower(program, file, max_seq_len, metadata)
             lowering_s = time.perf_counter() - start
-            measured = _verify(program, partial, probe, tolerance)
+            measured = _verify(made, program, file, probe, tolerance)
         report = ExecutorchReport(
-            path=folder / MODEL,
-            size_bytes=partial.stat().st_size,
+            path=Path(out_dir) / MODEL,
+            size_bytes=file.stat().st_size,
             lowering_s=lowering_s,
             delegates=delegates,
             coverage=coverage,
             **measured,
         )
-        partial.replace(report.path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _write_beside(report, tokenizer_json, metadata)
+        if tokenizer_json is not None:
+            (made.path / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+        made.facts |= {
+            "metadata": metadata,
+            "report": {
+                **{k: v for k, v in asdict(report).items() if k not in ("path", "coverage")},
+                "delegated_nodes": report.delegated_nodes,
+                "undelegated_nodes": report.undelegated_nodes,
+            },
+        }
     return report
-
-
-def _require_executorch() -> None:
-    try:
-        importlib.import_module("executorch.exir")
-    except ImportError as error:
-        raise UserError(
-            f"exporting to ExecuTorch needs executorch ({error}): pip install graphtune[executorch]"
-        ) from error
 
 
 def _check(program: nn.Module, max_seq_len: int) -> None:
@@ -156,16 +148,6 @@ def _check(program: nn.Module, max_seq_len: int) -> None:
                 f"to_executorch: {name} is {tensor.dtype}, and XNNPACK is given float32; "
                 "load the model with dtype=float32"
             )
-
-
-@contextmanager
-def _evaluating(program: nn.Module) -> Iterator[None]:
-    was_training = program.training
-    program.train(False)
-    try:
-        yield
-    finally:
-        program.train(was_training)
 
 
 # ---------------------------------------------------------------------------- lowering
@@ -263,7 +245,9 @@ def _probe(
     return ids.repeat(repeats)[None, :max_seq_len].contiguous(), vocab_size
 
 
-def _verify(program: nn.Module, path: Path, probe: Tensor, tolerance: float) -> dict[str, float]:
+def _verify(
+    made: Artifact, program: nn.Module, path: Path, probe: Tensor, tolerance: float
+) -> dict[str, float]:
     """Run the file beside the eager program; what was measured, by the report's names."""
     from executorch.runtime import Runtime
 
@@ -274,13 +258,7 @@ def _verify(program: nn.Module, path: Path, probe: Tensor, tolerance: float) -> 
     lengths = sorted({1, min(16, probe.shape[1]), probe.shape[1]})
     compared = [_compare(program, method, probe[:, :length]) for length in lengths]
     difference, largest = (max(column) for column in zip(*compared, strict=True))
-    limit = tolerance * max(1.0, largest / 10)
-    if not difference < limit:  # NaN is not less
-        raise RuntimeError(
-            f"the lowered program disagrees with the eager one: a logit differs by "
-            f"{difference:.3g}, not below {limit:.3g} (tolerance {tolerance:g}; logits reach "
-            f"{largest:.3g}); no file was kept"
-        )
+    made.check_difference("the lowered program", difference, largest, tolerance)
     start = time.perf_counter()
     method.execute([probe])
     prefill = probe.shape[1] / (time.perf_counter() - start)
@@ -312,36 +290,3 @@ def _tokenizer_json(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
             "device reads; load a fast tokenizer, or pass no tokenizer"
         )
     return backend.to_str(pretty=True)
-
-
-def _write_beside(
-    report: ExecutorchReport, tokenizer_json: str | None, metadata: Mapping[str, Any]
-) -> None:
-    folder = report.path.parent
-    names = [MODEL]
-    if tokenizer_json is not None:
-        _write(folder / TOKENIZER, tokenizer_json)
-        names.append(TOKENIZER)
-    manifest = {
-        "files": {name: _fingerprint(folder / name) for name in names},
-        "metadata": dict(metadata),
-        "report": {
-            **{k: v for k, v in asdict(report).items() if k not in ("path", "coverage")},
-            "delegated_nodes": report.delegated_nodes,
-            "undelegated_nodes": report.undelegated_nodes,
-        },
-        "versions": {n: importlib.metadata.version(n) for n in ("torch", "executorch")},
-    }
-    _write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"sha256": digest, "bytes": path.stat().st_size}
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

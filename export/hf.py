@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -22,6 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from graphtune.errors import UserError
+from graphtune.export.artifact import artifact, logits, probe_ids
 from graphtune.passes.adapters import is_adapter_parameter
 
 
@@ -31,18 +31,27 @@ def to_hf(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_size: int | str = "5GB",
+    verify: bool = True,
+    tolerance: float | None = None,
+    overwrite: bool = False,
+    run: str | None = None,
 ) -> Path:
     """Write a model so that `AutoModelForCausalLM.from_pretrained(out_dir)` gives it back.
 
     The folder appears whole or not at all: safetensors shards (with an index if there are
-    several), `config.json`, `generation_config.json` and the tokenizer's files.
+    several), `config.json`, `generation_config.json`, the tokenizer's files and `manifest.json`.
 
     Args:
         program: a Program whose adapters are merged, or any module with a `transformers`
             `.config` and a `state_dict` in Hugging Face's keys.
-        out_dir: made if missing; must be empty.
+        out_dir: must be missing or empty.
         tokenizer: saved beside the weights.
         max_shard_size: bytes, or a string as `"5GB"`; a larger tensor has a shard of its own.
+        verify: load what was written into transformers' own class and compare the logits. That
+            takes the memory of a second model.
+        tolerance: largest difference of a logit, where logits reach 10 or less; None: 1e-4 for a
+            float32 program.
+        overwrite, run: see `graphtune.export.artifact.artifact`.
 
     Returns:
         The folder.
@@ -50,40 +59,45 @@ def to_hf(
     Raises:
         UserError: `out_dir` holds something, the program has no config, or adapters that are
             not merged.
+        RuntimeError: the logits of what was written differ by more than `tolerance`.
     """
-    folder = Path(out_dir)
-    _check_free(folder)
+    with artifact(out_dir, "hf", program, overwrite=overwrite, run=run) as made:
+        write_hf(program, made.path, tokenizer=tokenizer, max_shard_size=max_shard_size)
+        if verify:
+            ids = probe_ids(program, tokenizer)
+            loaded: nn.Module = AutoModelForCausalLM.from_pretrained(made.path)
+            loaded.to(next(program.parameters()).device)
+            made.check("transformers", logits(loaded, ids), logits(program, ids), tolerance)
+    return Path(out_dir)
+
+
+def write_hf(
+    program: nn.Module,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """The files of `to_hf`, into a folder that is there."""
     state = program.state_dict()
+    check_mergeable(program, state)
+    config = _config_of(program, state)
+    config.save_pretrained(folder)
+    _generation_config_of(program, config).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    save_torch_state_dict(
+        state,
+        folder,
+        max_shard_size=max_shard_size,
+        shared_tensors_to_discard=second_names(state),
+    )
+
+
+def check_mergeable(program: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise UserError if a program is more than the weights of its model's own class."""
     _check_layout(state)
     _check_passes(program)
-    config = _config_of(program, state)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        config.save_pretrained(partial)
-        _generation_config_of(program, config).save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        save_torch_state_dict(
-            state,
-            partial,
-            max_shard_size=max_shard_size,
-            shared_tensors_to_discard=_second_names(state),
-        )
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return folder
-
-
-def _check_free(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"`out_dir={folder}` is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"`out_dir={folder}` is not empty; name a new folder, or clear this one")
 
 
 def _check_passes(program: nn.Module) -> None:
@@ -91,7 +105,7 @@ def _check_passes(program: nn.Module) -> None:
     for row in getattr(program, "ledger", ()):
         if row.name not in known and row.parameters > 0:
             raise UserError(
-                f"to_hf: the pass {row.name!r} added parameters, which the model's own class in "
+                f"export: the pass {row.name!r} added parameters, which the model's own class in "
                 "transformers would leave out"
             )
 
@@ -100,12 +114,12 @@ def _check_layout(state: Mapping[str, Tensor]) -> None:
     # transformers would ignore the extra keys, and load the base model without a word.
     if packed := next((name for name in state if re.search(r"_(nf4|int8|int4)$", name)), None):
         raise UserError(
-            f"to_hf: the program has quantized weights ({packed}), for which Hugging Face has no "
+            f"export: the program has quantized weights ({packed}), for which Hugging Face has no "
             "layout; apply Merge(dequantize=True), or merge into a base that is not quantized"
         )
     if adapter := next((name for name in state if is_adapter_parameter(name)), None):
         raise UserError(
-            f"to_hf: the program has adapters that are not merged ({adapter}); "
+            f"export: the program has adapters that are not merged ({adapter}); "
             "apply Merge() first, or save them with to_peft"
         )
 
@@ -148,7 +162,7 @@ def _main_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-def _second_names(state: Mapping[str, Tensor]) -> list[str]:
+def second_names(state: Mapping[str, Tensor]) -> list[str]:
     """Names of tensors that an earlier name has too.
 
     A module's order puts the input embedding before the output head that is tied to it, and the
@@ -169,7 +183,7 @@ def _embedding_is_tied(state: Mapping[str, Tensor], vocab_size: int) -> bool | N
     make the loader throw the merged head away.
     """
     tables = {n: t for n, t in state.items() if t.dim() == 2 and t.shape[0] == vocab_size}
-    return bool(_second_names(tables)) if len(tables) > 1 else None
+    return bool(second_names(tables)) if len(tables) > 1 else None
 
 
 def _generation_config_of(program: nn.Module, config: PreTrainedConfig) -> GenerationConfig:

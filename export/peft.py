@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -15,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graphtune.errors import UserError
-from graphtune.passes.adapters import adapter_names, adapter_of, adapter_pass
+from graphtune.export.artifact import Artifact, artifact, logits, probe_ids
+from graphtune.passes.adapters import SetAdapter, adapter_names, adapter_of, adapter_pass, strip
+from graphtune.passes.base import Numerics, Pass, Stage
 from graphtune.passes.dora import DoRA
 from graphtune.passes.lora import LoRA, initial
 from graphtune.program import Program
+from graphtune.rewrite import Edit
 from graphtune.sites import Site, find_sites
 
 WEIGHTS = "adapter_model.safetensors"
@@ -28,7 +32,15 @@ _FINGERPRINT = "base_model_fingerprint"  # in the metadata of the weights' file
 _SOURCE = "base_model_name_or_path"
 
 
-def to_peft(program: Program, out_dir: str | Path, *, adapter: str | None = None) -> Path:
+def to_peft(
+    program: Program,
+    out_dir: str | Path,
+    *,
+    adapter: str | None = None,
+    tolerance: float | None = None,
+    overwrite: bool = False,
+    run: str | None = None,
+) -> Path:
     """Write an adapter as PEFT does, so that PEFT, vLLM and others load it.
 
     An adapter that PiSSA started is written as the plain LoRA of twice the rank that has the same
@@ -36,12 +48,60 @@ def to_peft(program: Program, out_dir: str | Path, *, adapter: str | None = None
 
     Args:
         program: with an adapter that is not merged.
-        out_dir: made if missing; gets `adapter_model.safetensors` and `adapter_config.json`.
+        out_dir: must be missing or empty; gets `adapter_model.safetensors`,
+            `adapter_config.json` and `manifest.json`.
         adapter: which one; may be left out where there is only one.
+        tolerance: largest difference of a logit between the adapter and what is read back, where
+            logits reach 10 or less; None: 1e-4 for a float32 program.
+        overwrite, run: see `graphtune.export.artifact.artifact`.
+
+    Returns:
+        The folder.
 
     Raises:
-        UserError: the program has no such adapter.
+        UserError: the program has no such adapter, or `out_dir` holds something.
+        RuntimeError: what is read back gives other logits.
     """
+    adapter = _which(program, adapter)
+    with artifact(out_dir, "peft", program, overwrite=overwrite, run=run) as made:
+        write_peft(program, made.path, adapter=adapter)
+        _check_read_back(made, program, adapter, tolerance)
+    return Path(out_dir)
+
+
+def _check_read_back(
+    made: Artifact, program: Program, adapter: str, tolerance: float | None
+) -> None:
+    """Compare with the adapter that the folder has, on the same base."""
+    if program.deferred is not None:
+        raise UserError("export.peft: the program has no weights yet; call load_weights first")
+    factors = [f for n in program.all_buffers() if (f := adapter_of(n)) is not None]
+    if adapter in factors:  # what PiSSA took out of the base is in no base that is here
+        made.facts["not_run"] = "the adapter starts by PiSSA: its base is not the program's own"
+        return
+    again = from_peft(program.apply(_Base()), made.path, adapter=adapter, check_base=False)
+    ids = probe_ids(program)
+    expected = logits(program.apply(SetAdapter((adapter,))), ids)
+    made.check("the adapter, read back", logits(again, ids), expected, tolerance)
+
+
+@dataclass(frozen=True)
+class _Base(Pass):
+    """Takes all adapters out, for good."""
+
+    name: ClassVar[str] = "base"
+    stage: ClassVar[Stage] = Stage.EXPORT
+    numerics: ClassVar[Numerics] = "lossy"
+
+    def rewrite(self, edit: Edit) -> Iterable[Site]:
+        sites = strip(edit)
+        for name in [n for n in (*edit.parameters, *edit.buffers) if adapter_of(n) is not None]:
+            edit.remove(name)
+        return sites
+
+
+def write_peft(program: Program, folder: Path, *, adapter: str | None = None) -> None:
+    """The files of `to_peft`, into a folder that is made if missing; each appears whole."""
     adapter = _which(program, adapter)
     one = adapter_pass(program, adapter)
     sites = {site.name: (site, own) for site, own in one.adapted_sites(program.graph)}
@@ -56,12 +116,10 @@ def to_peft(program: Program, out_dir: str | Path, *, adapter: str | None = None
     saved = re.compile(rf"(.*)\.modules_to_save\.{adapter}\.\w+")
     modules = dict.fromkeys(m[1] for n in program.all_parameters() if (m := saved.fullmatch(n)))
     config = _peft_config(one, sites, doubled, list(modules)) | {_SOURCE: program.source}
-    folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     # Each file appears whole or not at all, the weights last: a folder with weights is complete.
     _replace(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
-    return folder
 
 
 def from_peft(

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 from torch._functorch import config as functorch_config
 from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled as _wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -124,3 +126,16 @@ def size_at(size: int | torch.SymInt, symbols: dict[str, int]) -> int:
         return size
     expression = size.node.expr
     return int(expression.subs({s: symbols[str(s)] for s in expression.free_symbols}))
+
+
+def compile_package(program: ExportedProgram, path: Path) -> None:
+    """Compile an exported program ahead of time, to a package for the device that it is on.
+
+    AOTInductor's documented entry points are in a module with a private name.
+    """
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def load_package(path: Path) -> Callable[..., Any]:
+    """Load what `compile_package` wrote; it takes and gives what the program does."""
+    return torch._inductor.aoti_load_package(str(path))

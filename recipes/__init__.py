@@ -22,7 +22,7 @@ from graphtune.config import (
 from graphtune.config import load_config as read_config
 from graphtune.errors import UserError
 from graphtune.export.hf import to_hf
-from graphtune.export.peft import CONFIG, from_peft, to_peft
+from graphtune.export.peft import CONFIG, from_peft, write_peft
 from graphtune.models import load_config as load_model_config
 from graphtune.models import load_model, load_tokenizer, resolve_dtype
 from graphtune.models.families import published_config
@@ -125,9 +125,9 @@ def save_trained(program: Program, tokenizer: PreTrainedTokenizerBase, run: Run)
     if adapters and kinds <= {"quantize", "lora", "dora", "set_adapter", "freeze"}:
         for name in adapters:
             folder = run.adapter_dir if len(adapters) == 1 else run.adapter_dir / name
-            to_peft(program, folder, adapter=name)
+            write_peft(program, folder, adapter=name)
     elif kinds <= {"full", "freeze"}:
-        to_hf(program, run.model_dir, tokenizer=tokenizer)
+        to_hf(program, run.model_dir, tokenizer=tokenizer, verify=False)
     else:
         tensors = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
         temporary = run.trained_file.with_name(f".{run.trained_file.name}.tmp")

@@ -1,5 +1,6 @@
 """What graphtune uses of torch's private surface, so that a move of it fails here first."""
 
+import pytest
 import torch
 
 from graphtune import torch_private
@@ -59,3 +60,11 @@ def test_the_partitioner_has_a_budget():
     with torch_private.memory_budget(0.25):
         assert config.activation_memory_budget == 0.25
     assert config.activation_memory_budget == before == 1
+
+
+@pytest.mark.slow
+def test_programs_are_compiled_ahead_of_time(tmp_path):
+    x = torch.randn(3, 4)
+    program = torch.export.export(_UnderNoGrad(), (x,), strict=False)
+    torch_private.compile_package(program, tmp_path / "model.pt2")
+    torch.testing.assert_close(torch_private.load_package(tmp_path / "model.pt2")(x), x * x.cos())

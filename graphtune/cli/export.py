@@ -1,11 +1,11 @@
 """graphtune export: ship what a run trained."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
 
-from graphtune.cli.app import app
+from graphtune.cli.app import app, note
 from graphtune.cli.generate import Run
 
 
@@ -13,44 +13,95 @@ from graphtune.cli.generate import Run
 def export(
     run: Run,
     to: Annotated[
-        Literal["executorch", "hf", "peft"],
+        str,
         typer.Option(
-            help="executorch: a .pte for devices; hf: merged safetensors; peft: the adapter."
+            metavar="NAME[:FORMAT][,NAME...]",
+            help="hf: merged safetensors; peft: the adapter; torchao[:int8|int4]: quantized, for "
+            "transformers; gguf[:f32|f16|bf16|q8_0]: for llama.cpp; onnx: for onnxruntime; pt2: "
+            "for torch.export.load; aoti: compiled by AOTInductor; executorch: a .pte for devices.",
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder; by default RUN/TO.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder, or the folder of the folders of several; by default RUN/NAME.",
+        ),
     ] = None,
     max_seq_len: Annotated[
         int, typer.Option(min=2, help="executorch: most tokens that the program takes.")
     ] = 512,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export that lies there.")
+    ] = False,
 ) -> None:
     """Export the model that RUN trained, its adapter merged where the target has none.
 
-    Example: graphtune export runs/quickstart --to executorch
+    Each export is run and compared with the program before it takes its place, beside a
+    manifest.json of hashes, versions and checks.
+
+    Example: graphtune export runs/quickstart --to executorch,gguf:q8_0
     """
+    wanted = _targets(to)
     import graphtune.export as targets  # torch is slow to import, and --help should not be
+    from graphtune.export.artifact import read_checks
+    from graphtune.export.packages import require
     from graphtune.passes import Merge
     from graphtune.passes.adapters import adapter_names
     from graphtune.recipes import load_run
 
-    folder = output or Path(run) / to
+    for name in wanted:
+        require(name)
     program, tokenizer = load_run(run, quantized=False)
-    if to == "peft":
-        print(f"saved {targets.to_peft(program, folder)}")
-        return
-    if adapter_names(program):
-        program = program.apply(Merge())
-    if to == "hf":
-        print(f"saved {targets.to_hf(program, folder, tokenizer=tokenizer)}")
-        return
-    report = targets.to_executorch(program, folder, max_seq_len=max_seq_len, tokenizer=tokenizer)
+    merged = program
+    if adapter_names(program) and wanted.keys() != {"peft"}:
+        note(f"merged the adapter {', '.join(adapter_names(program))} into the weights")
+        merged = program.apply(Merge())
+    for name, format in wanted.items():
+        folder = Path(run) / name
+        if output is not None:
+            folder = output / name if len(wanted) > 1 else output
+        options: dict[str, Any] = {"overwrite": overwrite, "run": str(run)}
+        if format is not None:
+            options["format"] = format
+        if name == "peft":
+            targets.to_peft(program, folder, **options)
+        elif name == "executorch":
+            options |= {"tokenizer": tokenizer, "max_seq_len": max_seq_len}
+            _tell(targets.to_executorch(merged, folder, **options))
+        else:
+            getattr(targets, f"to_{name}")(merged, folder, tokenizer=tokenizer, **options)
+        for check in read_checks(folder):
+            print(check)
+        print(f"saved {folder}")
+
+
+def _targets(to: str) -> dict[str, str | None]:
+    """The targets of `--to` and their formats, in order."""
+    from graphtune.config import did_you_mean
+    from graphtune.errors import UserError
+    from graphtune.export import TARGETS
+
+    wanted: dict[str, str | None] = {}
+    for one in to.split(","):
+        name, _, format = one.strip().partition(":")
+        if name not in TARGETS:
+            raise UserError(f"--to={one}: there is no target {name!r}{did_you_mean(name, TARGETS)}")
+        if name in wanted:
+            raise UserError(f"--to={to}: {name} is named twice; export it once, then with -o again")
+        if format and name not in ("torchao", "gguf"):
+            raise UserError(f"--to={one}: {name} has no formats; give {name} alone")
+        wanted[name] = format or None
+    return wanted
+
+
+def _tell(report: Any) -> None:
+    """What an `ExecutorchReport` says besides its check."""
     done, left = report.delegated_nodes, report.undelegated_nodes
     print(f"lowered in {report.lowering_s:.0f} s, {report.size_bytes / 1e6:.0f} MB")
     print(f"XNNPACK runs {done} of {done + left} operators, in {report.delegates} delegates")
     print(
-        f"ran in the ExecuTorch runtime: logits differ from eager by at most "
-        f"{report.max_abs_diff:.2g} (they reach {report.max_abs_logit:.3g}); loads in "
-        f"{report.load_s:.1f} s, prefill {report.prefill_tokens_per_s:.0f} tokens/s"
+        f"loads in {report.load_s:.1f} s, prefill {report.prefill_tokens_per_s:.0f} tokens/s in "
+        "the ExecuTorch runtime"
     )
-    print(f"saved {report.path}")

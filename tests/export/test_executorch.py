@@ -214,12 +214,14 @@ def test_the_manifest_fingerprints_the_files(report):
 
 def test_a_file_that_disagrees_is_not_kept(report, tokenizer, lower_to, tmp_path):
     lower_to(report.path)
-    (tmp_path / "model.pte").write_bytes(b"an earlier, good file")
+    earlier = tmp_path / "out"
+    shutil.copytree(report.path.parent, earlier)
+    before = {path.name: path.read_bytes() for path in earlier.iterdir()}
     other = gt.capture(tiny_llama(tokenizer, seed=2))
     with pytest.raises(RuntimeError, match=r"a logit differs by \d.*tolerance 0.0001"):
-        to_executorch(other, tmp_path, max_seq_len=MAX_SEQ_LEN)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pte"]
-    assert (tmp_path / "model.pte").read_bytes() == b"an earlier, good file"
+        to_executorch(other, earlier, max_seq_len=MAX_SEQ_LEN, overwrite=True)
+    assert list(tmp_path.iterdir()) == [earlier]
+    assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
 
 
 def test_a_matrix_product_outside_xnnpack_is_refused(program, monkeypatch, tmp_path):
@@ -292,7 +294,7 @@ def test_the_tokenizer_must_have_a_json_form(program, tmp_path):
 def test_without_executorch_the_error_says_what_to_install(program, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "executorch", None)
     monkeypatch.setitem(sys.modules, "executorch.exir", None)
-    with pytest.raises(UserError, match=r"pip install graphtune\[executorch\]"):
+    with pytest.raises(UserError, match=r"pip install 'graphtune\[executorch\]'"):
         to_executorch(program, tmp_path)
 
 
