@@ -91,6 +91,8 @@ class Program(nn.Module):
     Attributes:
         graph_module: the graph in the pre-autograd training IR of `torch.export`; its inputs
             are `input_ids`, `attention_mask`, `position_ids`, its output the logits.
+        takes_mask: False for a program with a key-value cache, which knows from the positions
+            what each token sees; its graph's inputs are `input_ids` and `position_ids`.
         ledger: one row for each pass that was applied, in order.
         info: where the weights came from.
         deferred: what `load_weights` must do; None where the weights are there.
@@ -135,6 +137,8 @@ class Program(nn.Module):
         # Not registered as a child, or each name would exist a second time.
         object.__setattr__(self, "graph_module", graph_module)
         object.__setattr__(self, "unmerged", None)
+        inputs = [node.target for node in graph.find_nodes(op="placeholder")]
+        self.takes_mask = "attention_mask" in inputs
         self.info = info
         self.ledger = tuple(ledger)
         self.deferred = deferred
@@ -175,13 +179,24 @@ class Program(nn.Module):
             attention_mask: bool (batch, 1, seq, seq), True where a query may attend to a key;
                 or (batch, seq), nonzero where the token is not padding; without it, causal.
             position_ids: int64 (batch, seq); without it, counted from 0, and from the first
-                token that is not padding where a (batch, seq) mask is given.
+                token that is not padding where a (batch, seq) mask is given. A program with a
+                key-value cache takes (seq,) too, and only it tells earlier tokens by them: see
+                `graphtune.passes.KVCache`.
 
         Returns:
             Logits, (batch, seq, vocab), in the dtype of the weights.
         """
         if self.deferred is not None:
             raise UserError("the program has no weights yet; graphtune.load_weights gives them")
+        if not self.takes_mask:
+            if attention_mask is not None:
+                raise UserError(
+                    "a program with a key-value cache takes no attention_mask: what a token sees "
+                    "is told by position_ids, which are negative at padding"
+                )
+            if position_ids is None:
+                position_ids = default_position_ids(input_ids, None)
+            return self.graph_module(input_ids, position_ids.expand(input_ids.shape[0], -1))
         if position_ids is None:
             position_ids = default_position_ids(input_ids, attention_mask)
         if attention_mask is None or attention_mask.dim() == 2:

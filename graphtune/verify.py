@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphtune.program import Program
+from graphtune.shapes import fixed_batch
 from graphtune.sites import module_of
 from graphtune.torch_private import is_fake, size_at, size_symbol
 
@@ -105,11 +106,10 @@ def _run_on_meta(program: Program, by: str) -> tuple[Tensor, dict[str, Tensor]]:
                 tensor.requires_grad
             )
         leaves[name] = stand_in[id(tensor)]
-    inputs = (
-        torch.zeros(2, 5, dtype=torch.int64, device="meta"),
-        torch.ones(2, 1, 5, 5, dtype=torch.bool, device="meta"),
-        torch.zeros(2, 5, dtype=torch.int64, device="meta"),
-    )
+    inputs = [
+        torch.empty([size_at(s, sizes) for s in one.shape], dtype=one.dtype, device="meta")
+        for one in (node.meta["val"] for node in program.graph.find_nodes(op="placeholder"))
+    ]
     try:
         with torch.enable_grad():
             return _OnMeta(program, leaves, sizes).run(*inputs), leaves
@@ -120,6 +120,8 @@ def _run_on_meta(program: Program, by: str) -> tuple[Tensor, dict[str, Tensor]]:
 def _check_gradients(
     program: Program, logits: Tensor, leaves: Mapping[str, Tensor], by: str
 ) -> None:
+    if not program.takes_mask:  # its keys and values are kept, for inference
+        return
     names = {id(leaves[n]): n for n, p in program.named_parameters() if p.requires_grad}
     trainable = [leaves[name] for name in names.values()]
     if not trainable:
@@ -144,9 +146,13 @@ def _check_same_logits(before: Program, after: Program, by: str) -> None:
 
 
 def probe_ids(program: Program) -> Tensor:
-    """A few token ids (2, 7) that every vocabulary has, on the program's device."""
+    """A few token ids that every vocabulary has, on the program's device.
+
+    They are (2, 7), or (batch, 7) of a program that is for one batch size.
+    """
     device = next(program.parameters()).device
-    return torch.arange(14, device=device).reshape(2, 7)
+    rows = fixed_batch(program.ledger) or 2
+    return torch.arange(7 * rows, device=device).remainder(14).reshape(rows, 7)
 
 
 def _eval_logits(program: nn.Module, ids: Tensor) -> Tensor:

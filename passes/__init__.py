@@ -5,6 +5,7 @@ from graphtune.passes.adapters import SetAdapter
 from graphtune.passes.base import Pass, Stage
 from graphtune.passes.dora import DoRA
 from graphtune.passes.full import Freeze, Full
+from graphtune.passes.kv_cache import KVCache
 from graphtune.passes.lora import LoRA
 from graphtune.passes.merge import Merge, Unmerge
 from graphtune.passes.neftune import NEFTune
@@ -22,6 +23,7 @@ _ALL: tuple[type[Pass], ...] = (
     NEFTune,
     Merge,
     ActivationCheckpoint,
+    KVCache,
 )
 registry: dict[str, type[Pass]] = {one.name: one for one in _ALL}
 
@@ -30,6 +32,7 @@ __all__ = [
     "DoRA",
     "Freeze",
     "Full",
+    "KVCache",
     "LoRA",
     "Merge",
     "NEFTune",
