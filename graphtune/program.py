@@ -96,6 +96,8 @@ class Program(nn.Module):
         graph_module: the graph in the pre-autograd training IR of `torch.export`; its inputs
             are `input_ids`, `attention_mask`, `position_ids` and what a pass added (see
             `inputs`), its output the logits, or what a pass made of them.
+        takes_mask: False for a program with a key-value cache, which knows from the positions
+            what each token sees; its graph's inputs are `input_ids` and `position_ids`.
         ledger: one row for each pass that was applied, in order.
         info: where the weights came from.
         deferred: what `load_weights` must do; None where the weights are there.
@@ -143,7 +145,9 @@ class Program(nn.Module):
         self.info = info
         self.ledger = tuple(ledger)
         self.deferred = deferred
-        self._added = tuple(self.inputs)[len(INPUTS) :]
+        inputs = self.inputs
+        self.takes_mask = "attention_mask" in inputs
+        self._added = tuple(name for name in inputs if name not in INPUTS)
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         *path, leaf = name.split(".")
@@ -187,7 +191,9 @@ class Program(nn.Module):
             attention_mask: bool (batch, 1, seq, seq), True where a query may attend to a key;
                 or (batch, seq), nonzero where the token is not padding; without it, causal.
             position_ids: int64 (batch, seq); without it, counted from 0, and from the first
-                token that is not padding where a (batch, seq) mask is given.
+                token that is not padding where a (batch, seq) mask is given. A program with a
+                key-value cache takes (seq,) too, and only it tells earlier tokens by them: see
+                `graphtune.passes.KVCache`.
             added: what a pass added to the graph's `inputs`, by name; for `FusedLoss` see
                 `graphtune.losses.labelled_rows`.
 
@@ -201,6 +207,15 @@ class Program(nn.Module):
                 f"the program takes {', '.join(self._added) or 'nothing'} beside ids, mask and "
                 f"positions; it was given {', '.join(added) or 'nothing'}"
             )
+        if not self.takes_mask:
+            if attention_mask is not None:
+                raise UserError(
+                    "a program with a key-value cache takes no attention_mask: what a token sees "
+                    "is told by position_ids, which are negative at padding"
+                )
+            if position_ids is None:
+                position_ids = default_position_ids(input_ids, None)
+            return self.graph_module(input_ids, position_ids.expand(input_ids.shape[0], -1))
         if position_ids is None:
             position_ids = default_position_ids(input_ids, attention_mask)
         if attention_mask is None or attention_mask.dim() == 2:

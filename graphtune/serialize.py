@@ -24,9 +24,9 @@ import graphtune.gradients  # noqa: F401  (its operators are looked up by name)
 import graphtune.models.kernels  # noqa: F401  (as are its)
 import graphtune.noise  # noqa: F401  (as are its)
 from graphtune.errors import UserError
-from graphtune.program import INPUTS, Deferred, LedgerRow, ModelInfo, Program
+from graphtune.program import Deferred, LedgerRow, ModelInfo, Program
 from graphtune.quantization import FORMATS, Format
-from graphtune.torch_private import fake_parameter, propagate, symbolic_input, symbolic_inputs
+from graphtune.shapes import Shapes, fixed_batch
 
 _KEY = "graphtune"
 _VERSION = 1
@@ -103,7 +103,9 @@ def load_program(path: str | Path, *, device: torch.device | str | None = None) 
             raise UserError(f"Program.load: {path} was written by another version of graphtune")
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     parameters, buffers = _read_tensors(description["tensors"], stored)
-    graph = _read_graph(description["graph"], parameters | {n: b for n, (b, _) in buffers.items()})
+    tensors = parameters | {name: buffer for name, (buffer, _) in buffers.items()}
+    ledger = [LedgerRow(**{**row, "sites": tuple(row["sites"])}) for row in description["ledger"]]
+    graph = _read_graph(description["graph"], tensors, fixed_batch(ledger))
     empty = any(parameter.is_meta for parameter in parameters.values())
     saved = {name: buffer for name, (buffer, is_saved) in buffers.items() if is_saved}
     program = Program(
@@ -111,7 +113,7 @@ def load_program(path: str | Path, *, device: torch.device | str | None = None) 
         parameters,
         buffers,
         _read_info(description["info"]),
-        [LedgerRow(**{**row, "sites": tuple(row["sites"])}) for row in description["ledger"]],
+        ledger,
         Deferred(parameters | saved) if empty else None,
     )
     return program.train(description["training"])
@@ -217,10 +219,12 @@ def _read_target(name: str) -> Any:
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 
 
-def _read_graph(written: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> fx.Graph:
+def _read_graph(
+    written: list[dict[str, Any]], tensors: Mapping[str, Tensor], batch: int | None
+) -> fx.Graph:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
-    shapes = _Shapes(tensors)
+    shapes = Shapes(tensors, batch)
     for says in written:
         args, kwargs = _read(says["args"], nodes), _read(says["kwargs"], nodes)
         target = _read_target(says["target"]) if says["op"] == "call_function" else says["target"]
@@ -235,61 +239,10 @@ def _read_graph(written: list[dict[str, Any]], tensors: Mapping[str, Tensor]) ->
             node.meta["ac_graph_id"] = says["recompute"][1]
         if node.op == "placeholder":
             dtype = _read(says["dtype"], nodes)
-            node.meta["val"] = shapes.of_input(str(node.target), tuple(says["shape"]), dtype)
+            node.meta["val"] = shapes.of_input(str(node.target), says["shape"], dtype)
         elif node.op != "output":
             node.meta["val"] = shapes.of(node)
     return graph
-
-
-class _Shapes:
-    """Shapes of nodes in one fake world.
-
-    Layers are alike, so that most are found where the same operator met the same shapes before;
-    to propagate all of them takes longer than to capture the model again.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
-        captured = symbolic_inputs(next(iter(tensors.values())).device)
-        self.inputs = dict(zip(INPUTS, captured, strict=True))
-        self.like: Any = captured[0]
-        self.known: dict[tuple[Any, ...], Any] = {}
-        self.first: dict[Any, Any] = {}  # equal values are one object, so that keys meet
-
-    def of_input(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
-        """An input; those that passes added have one free size, the same for the same shape."""
-        if name in self.inputs:
-            return self.inputs[name]
-        if shape not in self.known:
-            assert shape[0] is not None and shape[1:] == (None,)
-            self.known[shape] = symbolic_input(self.like, shape[0])
-        return self.known[shape].to(dtype)
-
-    def of(self, node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            tensor = self.tensors.get(node.target)
-            if tensor is None:
-                return True  # the training flag
-            key: tuple[Any, ...] = (tensor.shape, tensor.dtype)
-            make = lambda: fake_parameter(self.like, tensor.shape, tensor.dtype)  # noqa: E731
-        else:
-            values = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            same = fx.node.map_arg((node.args, node.kwargs), lambda n: id(n.meta["val"]))
-            key = (node.target, repr(same))
-            make = lambda: propagate(self.like, node.target, *values)  # noqa: E731
-        if key not in self.known:
-            made = make()
-            self.known[key] = self.first.setdefault(_look(made), made)
-        return self.known[key]
-
-
-def _look(value: Any) -> Any:
-    """What tells one shape-only value from another."""
-    if isinstance(value, Tensor):
-        return str(value.shape), str(value.stride()), value.dtype, value.device
-    if isinstance(value, tuple | list):
-        return tuple(map(_look, value))
-    return type(value), str(value)
 
 
 _TYPES: dict[str, type] = {

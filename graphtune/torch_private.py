@@ -61,22 +61,29 @@ def propagate(like: FakeTensor, target: Any, args: tuple, kwargs: dict) -> Any:
         return target(*args, **kwargs)
 
 
-def symbolic_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def symbolic_inputs(
+    device: torch.device, batch: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Shape-only inputs of a program, whose batch and sequence are symbols.
 
     `torch.export` makes such symbols while it traces; a graph that is read from a file needs them
     without a trace, and a `ShapeEnv` has no public way to make one.
 
+    Args:
+        device: of the inputs.
+        batch: a number, where the batch is to be one instead.
+
     Returns:
         ids (batch, seq) int64, mask (batch, 1, seq, seq) bool, positions (batch, seq) int64.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC])
-    example = torch.zeros(3, 11, dtype=torch.int64, device=device)
+    rows = DimDynamic.DYNAMIC if batch is None else DimDynamic.STATIC
+    free = StatelessSymbolicContext(dynamic_sizes=[rows, DimDynamic.DYNAMIC])
+    example = torch.zeros(batch or 3, 11, dtype=torch.int64, device=device)
     ids = mode.from_tensor(example, symbolic_context=free)
-    batch, seq = ids.shape
+    size, seq = ids.shape
     with mode:
-        mask = torch.empty(batch, 1, seq, seq, dtype=torch.bool, device=device)
+        mask = torch.empty(size, 1, seq, seq, dtype=torch.bool, device=device)
         return ids, mask, torch.empty_like(ids)
 
 

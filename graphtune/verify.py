@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphtune.program import Program
+from graphtune.shapes import fixed_batch
 from graphtune.sites import module_of
 from graphtune.torch_private import is_fake, size_at, size_symbol
 
@@ -126,6 +127,8 @@ def _meta_inputs(program: Program) -> tuple[list[Tensor], dict[str, int]]:
 def _check_gradients(
     program: Program, logits: Tensor, leaves: Mapping[str, Tensor], by: str
 ) -> None:
+    if not program.takes_mask:  # its keys and values are kept, for inference
+        return
     names = {id(leaves[n]): n for n, p in program.named_parameters() if p.requires_grad}
     trainable = [leaves[name] for name in names.values()]
     if not trainable:
@@ -164,9 +167,13 @@ def check_close(expected: Tensor, found: Tensor, by: str, numerics: str) -> None
 
 
 def probe_ids(program: Program) -> Tensor:
-    """A few token ids (2, 7) that every vocabulary has, on the program's device."""
+    """A few token ids that every vocabulary has, on the program's device.
+
+    They are (2, 7), or (batch, 7) of a program that is for one batch size.
+    """
     device = next(program.parameters()).device
-    return torch.arange(14, device=device).reshape(2, 7)
+    rows = fixed_batch(program.ledger) or 2
+    return torch.arange(7 * rows, device=device).remainder(14).reshape(rows, 7)
 
 
 @torch.no_grad()

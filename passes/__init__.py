@@ -6,6 +6,7 @@ from graphtune.passes.base import Pass, Stage
 from graphtune.passes.dora import DoRA
 from graphtune.passes.full import Freeze, Full
 from graphtune.passes.fused_loss import FusedLoss
+from graphtune.passes.kv_cache import KVCache
 from graphtune.passes.lora import LoRA
 from graphtune.passes.merge import Merge, Unmerge
 from graphtune.passes.neftune import NEFTune
@@ -24,6 +25,7 @@ _ALL: tuple[type[Pass], ...] = (
     Merge,
     FusedLoss,
     ActivationCheckpoint,
+    KVCache,
 )
 registry: dict[str, type[Pass]] = {one.name: one for one in _ALL}
 
@@ -33,6 +35,7 @@ __all__ = [
     "Freeze",
     "Full",
     "FusedLoss",
+    "KVCache",
     "LoRA",
     "Merge",
     "NEFTune",

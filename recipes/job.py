@@ -24,11 +24,11 @@ from graphtune.config import (
 )
 from graphtune.data import Batching, Dataset, Loader, StreamingDataset, mix
 from graphtune.errors import UserError
+from graphtune.generation import encode_chat
 from graphtune.models import load_tokenizer
 from graphtune.passes import FusedLoss, Pass, Stage
 from graphtune.program import Program
 from graphtune.recipes import check_length, empty_model, make_passes, origin
-from graphtune.recipes.generate import encode_chat
 from graphtune.training.checkpoint_files import to_resume
 from graphtune.training.device import pick_device
 from graphtune.training.loggers import check_loggers

@@ -21,11 +21,11 @@ from graphtune.capture import capture
 from graphtune.config import to_plain, to_yaml
 from graphtune.data import Batch, Loader
 from graphtune.engine import NotFinite, TrainStep, compile_step, save_batches
+from graphtune.generation import encode_chat, generate, stop_ids
 from graphtune.losses import cross_entropy
 from graphtune.passes import FusedLoss
 from graphtune.program import Program
 from graphtune.recipes import save_trained
-from graphtune.recipes.generate import encode_chat, generate, stop_ids
 from graphtune.recipes.job import (
     Data,
     Job,
@@ -322,9 +322,14 @@ def write_samples(training: Training, run: Run, console: Console) -> None:
     stop = stop_ids(training.program, tokenizer)
     with evaluation_weights(training.optimizer, training.ema):
         for prompt in options.prompts:
-            ids = encode_chat(tokenizer, prompt, None)
-            new = generate(training.program, ids, stop=stop, max_new_tokens=options.max_new_tokens)
-            answer = str(tokenizer.decode(list(new), skip_special_tokens=True))
+            tokens = generate(
+                training.program,
+                [encode_chat(tokenizer, prompt, None)],
+                stop_ids=stop,
+                max_new_tokens=options.max_new_tokens,
+                tokenizer=tokenizer,
+            )
+            answer = "".join(token.text for token in tokens)
             run.log_sample({"step": training.state.step, "prompt": prompt, "answer": answer})
             console.print(f"{prompt!r} → {answer!r}", markup=False)
 

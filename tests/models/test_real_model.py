@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import graphtune as gt
+from graphtune.generation import encode_chat, generate
 from graphtune.models import load_model, load_tokenizer
 from graphtune.models.families import build_model
 from graphtune.program import Program
-from graphtune.recipes.generate import encode_chat, generate
 
 NEW_TOKENS = 100
 QUESTIONS = [
@@ -75,5 +75,5 @@ def test_greedy_continuations_are_transformers(
 def test_a_greedy_loop_says_the_same(
     program: Program, prompts: list[list[int]], continued: list[Tensor]
 ) -> None:
-    found = list(generate(program, prompts[1], stop=set(), max_new_tokens=NEW_TOKENS))
-    assert found == continued[1][len(prompts[1]) :].tolist()
+    tokens = generate(program, [prompts[1]], max_new_tokens=NEW_TOKENS)
+    assert [token.id for token in tokens] == continued[1][len(prompts[1]) :].tolist()

@@ -63,10 +63,12 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
 MIXTURES = ("mixtral", "qwen3_moe")
 
 
-def tiny_model(family: str, seed: int = 0) -> nn.Module:
+def tiny_model(family: str, seed: int = 0, positions: int = 128) -> nn.Module:
     """A random model in train mode, without dropout."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]())  # sdpa, where it can
+    config = FAMILIES[family]()
+    config.max_position_embeddings = positions
+    model = AutoModelForCausalLM.from_config(config)  # sdpa, where it can
     # As initialised, a residual stream is so small that many errors would round away.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -75,12 +77,12 @@ def tiny_model(family: str, seed: int = 0) -> nn.Module:
     return model.train()
 
 
-def tiny_gpt2(dropout: float = 0.0, seed: int = 0) -> nn.Module:
+def tiny_gpt2(dropout: float = 0.0, seed: int = 0, positions: int = 128) -> nn.Module:
     """A model with `Conv1D` linears, learned positions and dropout of three kinds."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=VOCAB,
-        n_positions=128,
+        n_positions=positions,
         n_embd=32,
         n_layer=2,
         n_head=4,

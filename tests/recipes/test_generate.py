@@ -1,45 +1,60 @@
-"""Generation: where an answer ends."""
+"""`graphtune generate`: prompts, batches from a file, chat, and what it says of its speed."""
 
-from types import SimpleNamespace
-from typing import Any
+import io
+import json
 
 import pytest
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
-from graphtune.data.templates import TEMPLATES, chat_template
-from graphtune.recipes.generate import stop_ids
-
-ENDS = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "phi3": "<|end|>", "chatml": "<|im_end|>"}
+from graphtune.cli import main
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE({"a": 0, "\n": 1}, []))
-    backend.add_special_tokens(["<s>", "</s>", *ENDS.values(), "<|endoftext|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+def graphtune(*argv):
+    try:
+        main([str(word) for word in argv])
+    except SystemExit as end:
+        return end.code or 0
+    return 0
 
 
-@pytest.mark.parametrize("name", ENDS)
-@pytest.mark.parametrize("marked", [True, False])
-def test_the_templates_end_of_turn_ends_an_answer(name: str, marked: bool) -> None:
-    """Raw tokenizers have the end of a document as `eos_token`, which chats do not write."""
-    one = tokenizer()
-    program: Any = SimpleNamespace(config=SimpleNamespace(eos_token_id=[7, 8]))
-    eos = {one.convert_tokens_to_ids("</s>"), 7, 8}
-    assert stop_ids(program, one) == eos
-    text = chat_template(name, one)
-    if not marked:
-        text = text.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    one.chat_template = text
-    assert stop_ids(program, one) == eos | {one.convert_tokens_to_ids(ENDS[name])}
+SHORT = ("--max-new-tokens", 6)
 
 
-def test_a_template_that_ends_turns_with_the_end_of_sequence_adds_nothing() -> None:
-    one = tokenizer()
-    program: Any = SimpleNamespace(config=SimpleNamespace())
-    for name in ("llama2", "mistral_v3", "alpaca"):
-        assert name in TEMPLATES
-        one.chat_template = chat_template(name, one)
-        assert stop_ids(program, one) == {one.eos_token_id}
-    one.chat_template = "{{ raise_exception('no') }}"
-    assert stop_ids(program, one) == {one.eos_token_id}
+def test_prompts_batches_and_chat_say_the_same(model_folder, tmp_path, capsys, monkeypatch):
+    questions = ["What is 1 and 2?", "hello there, you"]
+    alone = []
+    for question in questions:
+        assert graphtune("generate", model_folder, question, *SHORT) == 0
+        said = capsys.readouterr()
+        alone.append(said.out.removesuffix("\n"))
+        assert "tokens/s" in said.err and "GB/s" in said.err
+
+    file = tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": questions[1]}]
+    file.write_text(
+        json.dumps({"prompt": questions[0]}) + "\n" + json.dumps({"messages": messages})
+    )
+    options = ("--file", file, "--batch-size", 2, "--json")
+    for more in ([], ["--no-cache"]):
+        assert graphtune("generate", model_folder, *options, *SHORT, *more) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [one["answer"] for one in found["answers"]] == alone
+        speed = found["speed"]
+        assert speed["of_floor"] == pytest.approx(speed["steps_per_s"] / speed["floor_steps_per_s"])
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{questions[0]}\n/new\n{questions[1]}\n"))
+    assert graphtune("generate", model_folder, "--chat", "--length", 128, *SHORT) == 0
+    assert capsys.readouterr().out == "".join(text + "\n" for text in alone)
+
+
+def test_refusals(model_folder, tmp_path, capsys):
+    cases = [
+        (["--chat", "hello"], "not both"),
+        ([], "give prompts"),
+        (["hello", "--merge"], "--merge is for a training run"),
+        (["hello", "--length", 8], "more than the cache's 64 positions"),
+        (["hello", "--top-k", 5], "above 0 for top_k"),
+        (["--file", tmp_path / "none.jsonl"], "no such file"),
+    ]
+    for options, message in cases:
+        assert graphtune("generate", model_folder, *options) == 2
+        assert message in capsys.readouterr().err
