@@ -18,10 +18,10 @@ from torch import Tensor
 from graphtune.errors import UserError
 from graphtune.losses import cross_entropy, labelled_tokens
 from graphtune.program import Program
-from graphtune.quantization import recompute_in_backward
 from graphtune.recomputation import as_tagged, by_region
 from graphtune.torch_private import salted_cache
 from graphtune.training.optimizers import OptimizerInBackward
+from graphtune.transient import recompute_in_backward
 
 Batch = Mapping[str, Tensor]
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]

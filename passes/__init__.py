@@ -3,7 +3,9 @@
 from graphtune.passes.activation_checkpoint import ActivationCheckpoint
 from graphtune.passes.adapters import SetAdapter
 from graphtune.passes.base import Pass, Stage
+from graphtune.passes.data_parallel import DataParallel
 from graphtune.passes.dora import DoRA
+from graphtune.passes.fsdp import FSDP
 from graphtune.passes.full import Freeze, Full
 from graphtune.passes.lora import LoRA
 from graphtune.passes.merge import Merge, Unmerge
@@ -22,11 +24,15 @@ _ALL: tuple[type[Pass], ...] = (
     NEFTune,
     Merge,
     ActivationCheckpoint,
+    DataParallel,
+    FSDP,
 )
 registry: dict[str, type[Pass]] = {one.name: one for one in _ALL}
 
 __all__ = [
+    "FSDP",
     "ActivationCheckpoint",
+    "DataParallel",
     "DoRA",
     "Freeze",
     "Full",
