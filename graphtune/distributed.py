@@ -14,7 +14,7 @@ A single process has no mesh, and everything here does nothing in it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -114,6 +114,8 @@ class Part:
         size: of that dimension in the whole tensor.
         ranks, rank: among how many, and which.
         axis: of the mesh, along which the ranks lie.
+        pieces: where each of several pieces of the dimension, such as q, k and v of a fused
+            projection, is divided by itself, their sizes; the ranks divide each of them.
     """
 
     dim: int
@@ -121,6 +123,7 @@ class Part:
     ranks: int
     rank: int
     axis: str
+    pieces: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -135,8 +138,22 @@ class Part:
         return min(self.start + self.length, self.size)
 
     def of(self, whole: Tensor) -> Tensor:
-        """The part of a whole tensor, a view without padding."""
+        """The part of a whole tensor without padding; a view where there are no pieces."""
+        if self.pieces:
+            parts = (
+                piece.narrow(self.dim, self.rank * size // self.ranks, size // self.ranks)
+                for piece, size in zip(whole.split(self.pieces, self.dim), self.pieces, strict=True)
+            )
+            return torch.cat(list(parts), self.dim)
         return whole.narrow(self.dim, self.start, self.stop - self.start)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The whole tensor of the parts, without padding, of all ranks."""
+        if not self.pieces:
+            return torch.cat(list(parts), self.dim)
+        lengths = [size // self.ranks for size in self.pieces]
+        divided = [part.split(lengths, self.dim) for part in parts]
+        return torch.cat([one for piece in zip(*divided, strict=True) for one in piece], self.dim)
 
     def padded(self, part: Tensor) -> Tensor:
         """The part with padding, in memory of its own."""

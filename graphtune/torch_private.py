@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._distributed_c10d import _resolve_process_group
 from torch._functorch import config as functorch_config
 from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled as _wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -108,3 +109,16 @@ def size_at(size: int | torch.SymInt, symbols: dict[str, int]) -> int:
         return size
     expression = size.node.expr
     return int(expression.subs({s: symbols[str(s)] for s in expression.free_symbols}))
+
+
+def group_size(group: str) -> int:
+    """How many ranks a process group has, by the name that graphs hold.
+
+    A graph's arguments are plain values, and only torch's own collectives look names up.
+    """
+    return _resolve_process_group(group).size()  # type: ignore[no-any-return]
+
+
+def group_rank(group: str) -> int:
+    """Which of the ranks of a process group this one is, by the group's name; as above."""
+    return _resolve_process_group(group).rank()  # type: ignore[no-any-return]

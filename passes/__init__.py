@@ -12,6 +12,7 @@ from graphtune.passes.merge import Merge, Unmerge
 from graphtune.passes.neftune import NEFTune
 from graphtune.passes.qlora import QLoRA
 from graphtune.passes.quantize import Quantize
+from graphtune.passes.tensor_parallel import TensorParallel
 
 _ALL: tuple[type[Pass], ...] = (
     Quantize,
@@ -24,6 +25,7 @@ _ALL: tuple[type[Pass], ...] = (
     NEFTune,
     Merge,
     ActivationCheckpoint,
+    TensorParallel,
     DataParallel,
     FSDP,
 )
@@ -44,6 +46,7 @@ __all__ = [
     "Quantize",
     "SetAdapter",
     "Stage",
+    "TensorParallel",
     "Unmerge",
     "registry",
 ]
