@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,9 +98,14 @@ def group_name(mesh: DeviceMesh, axis: str) -> str:
     return mesh.get_group(axis).group_name
 
 
+def size(mesh: DeviceMesh, axis: str) -> int:
+    """How many ranks there are along an axis; 1 if the mesh has no such axis."""
+    return dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)).get(axis, 1)
+
+
 def wide(mesh: DeviceMesh, axes: Iterable[str]) -> tuple[str, ...]:
     """Those of the axes along which there is more than one rank."""
-    return tuple(a for a in axes if a in (mesh.mesh_dim_names or ()) and mesh[a].size() > 1)
+    return tuple(axis for axis in axes if size(mesh, axis) > 1)
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,10 @@ class Part:
         lengths = [size // self.ranks for size in self.pieces]
         divided = [part.split(lengths, self.dim) for part in parts]
         return torch.cat([one for piece in zip(*divided, strict=True) for one in piece], self.dim)
+
+    def of_file(self, whole: Any) -> Tensor:
+        """The same of a tensor that lies in a file: what safetensors' `get_slice` returns."""
+        return whole[(slice(None),) * self.dim + (slice(self.start, self.stop),)]
 
     def padded(self, part: Tensor) -> Tensor:
         """The part with padding, in memory of its own."""

@@ -116,19 +116,19 @@ class TrainStep:
                 backward, those were whose gradients came first, and were finite.)
         """
         micro_batches = [batch] if isinstance(batch, Mapping) else list(batch)
-        tokens = int(sum(labelled_tokens(one["labels"]) for one in micro_batches))
+        tokens = int(self._over_ranks(sum(labelled_tokens(one["labels"]) for one in micro_batches)))
         if tokens == 0:
             raise UserError("batch: no token has a label; nothing can be learned from it")
         weight: float = tokens
         if any("weights" in one for one in micro_batches):
             parts = (labelled_tokens(one["labels"], one.get("weights")) for one in micro_batches)
-            weight = float(sum(parts))
+            weight = float(self._over_ranks(sum(parts)))
         if weight == 0:
             raise UserError("batch: every label has the weight 0; nothing can be learned from it")
         loss = torch.zeros((), device=self.parameters[0].device)
         for one in micro_batches:
             part = self.loss_sum(one) / weight
-            loss += part.detach()
+            loss += self._over_ranks(part.detach())
             if self._updates_in_backward and not loss.item() <= min(loss_limit, sys.float_info.max):
                 break  # afterwards it would be too late
             part.backward()
@@ -144,12 +144,30 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         return metrics
 
+    def _over_ranks(self, value: Any) -> Any:
+        """The sum over the ranks of a run, which see different tokens."""
+        distribution = self.program.distribution
+        if distribution is None:
+            return value
+        return distribution.sum(torch.as_tensor(value, device=self.parameters[0].device))
+
     def _clip(self) -> Tensor:
         """Norm of the whole gradient, which is then no longer than it may be."""
-        if isinstance(self.optimizer, OptimizerInBackward):
-            return self.optimizer.grad_norm()
         limit = float("inf") if self.clip_grad_norm is None else self.clip_grad_norm
-        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        distribution = self.program.distribution
+        if distribution is None:
+            if isinstance(self.optimizer, OptimizerInBackward):
+                return self.optimizer.grad_norm()
+            return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        norms = {}
+        for name, parameter in self.program.named_parameters():
+            if isinstance(self.optimizer, OptimizerInBackward):
+                norms[name] = self.optimizer.norms.get(parameter, torch.zeros(()))
+            elif parameter.grad is not None:
+                norms[name] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        norm = distribution.norm(norms)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        return norm
 
     def check(self, batch: Batch, tolerance: float = 1e-3) -> float:
         """Compare compiled loss and gradients with eager ones on one batch.

@@ -22,6 +22,7 @@ from graphtune.distributed import (
     Part,
     current_mesh,
     group_name,
+    size,
     wide,
 )
 from graphtune.errors import UserError
@@ -168,7 +169,7 @@ class FSDP(Pass):
                     dtype and (self._dtype("param_dtype") or dtype),
                     dtype,
                     self._dtype("reduce_dtype"),
-                    mesh["dp_shard"].size(),
+                    size(mesh, "dp_shard"),
                     group_name(mesh, "dp_shard"),
                     replicas if dtype else [],
                     unit.name if self.reshard_after_forward else "",
@@ -198,7 +199,7 @@ def _divide(tensor: Tensor, mesh: DeviceMesh, taken: Iterable[int], smallest: in
         taken: dimensions that are divided already.
         smallest: number of elements of which a tensor is divided.
     """
-    ranks, rank = mesh["dp_shard"].size(), mesh.get_local_rank("dp_shard")
+    ranks, rank = size(mesh, "dp_shard"), mesh.get_local_rank("dp_shard")
     free = [dim for dim in range(tensor.dim()) if dim not in set(taken)]
     if not free or tensor.numel() < smallest:
         return None

@@ -197,14 +197,14 @@ def _pieces(site: Site, outputs: int) -> tuple[int, ...]:
             elif user.target in _SPLITS and _is_last(user, 2):
                 ends = torch.tensor([one.shape[-1] for one in value]).cumsum(0)
                 borders.update(ends.tolist())
-            elif user.target in (aten.view.default, aten.reshape.default):
-                if value.shape[-1] == outputs:
-                    stack.append(user)
+            elif user.target in _VIEWS and value.shape[-1] == outputs:
+                stack.append(user)
     ordered = sorted(borders)
     sizes = tuple(b - a for a, b in zip(ordered, ordered[1:], strict=False))
     return sizes if len(sizes) > 1 else ()
 
 
+_VIEWS = (aten.view.default, aten.reshape.default)
 _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 
 
