@@ -38,7 +38,7 @@ def _all_gather(x: Tensor, dim: int, length: int, group: str) -> Tensor:
     """The parts of all ranks one after the other along `dim`, cut to `length`."""
     first = x.movedim(dim, 0).contiguous()
     whole = _c10d.wait_tensor(_c10d.all_gather_into_tensor(first, group_size(group), group))
-    return whole.narrow(0, 0, length).movedim(0, dim)
+    return whole.narrow(0, 0, length).movedim(0, dim).contiguous()
 
 
 def _part_length(length: int, group: str) -> int:
@@ -58,14 +58,15 @@ def _reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
     """This rank's part along `dim` of the sum of all ranks' tensors."""
     first = _padded(x.movedim(dim, 0), group).contiguous()
     part = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(first, "sum", group_size(group), group))
-    return part.movedim(0, dim)
+    return part.movedim(0, dim).contiguous()
 
 
 def _share(x: Tensor, dim: int, group: str) -> Tensor:
     """This rank's part along `dim`."""
     part = _part_length(x.shape[dim], group)
     first = _padded(x.movedim(dim, 0), group)
-    return first.narrow(0, group_rank(group) * part, part).movedim(0, dim)
+    own = first.narrow(0, group_rank(group) * part, part).movedim(0, dim)
+    return own.clone(memory_format=torch.contiguous_format)
 
 
 class _SumGradient(torch.autograd.Function):
@@ -118,7 +119,7 @@ class _Share(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
         ctx.options = dim, x.shape[dim], group
-        return _share(x, dim, group).clone()
+        return _share(x, dim, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -146,3 +147,76 @@ reduce_scatter = _define(
 
 share = _define("share(Tensor x, int dim, str group) -> Tensor", _Share.apply)
 """This rank's part of what all have in full; backward: an all-gather."""
+
+
+def _maximum(x: Tensor, group: str) -> Tensor:
+    return _c10d.wait_tensor(_c10d.all_reduce(x.contiguous(), "max", group))
+
+
+maximum = _define("maximum(Tensor x, str group) -> Tensor", _maximum)
+"""The largest of all ranks' values; without a gradient."""
+
+
+# A row's tokens over the ranks: of twice as many pieces as ranks, rank r has the piece r and, from
+# the end, the piece r again. A causal mask then leaves as much to each (head and tail).
+
+
+def _piece_length(length: int, group: str) -> int:
+    pieces = 2 * group_size(group)
+    return (length + pieces - 1) // pieces
+
+
+def _share_balanced(x: Tensor, dim: int, fill: int, group: str) -> Tensor:
+    ranks, rank = group_size(group), group_rank(group)
+    piece = _piece_length(x.shape[dim], group)
+    first = x.movedim(dim, 0)
+    missing = 2 * ranks * piece - first.shape[0]
+    padded = torch.cat([first, first.new_full((missing, *first.shape[1:]), fill)])
+    head = padded.narrow(0, rank * piece, piece)
+    tail = padded.narrow(0, (2 * ranks - 1 - rank) * piece, piece)
+    return torch.cat([head, tail]).movedim(0, dim).contiguous()
+
+
+def _gather_balanced(x: Tensor, dim: int, length: int, group: str) -> Tensor:
+    ranks = group_size(group)
+    piece = _piece_length(length, group)
+    first = x.movedim(dim, 0).contiguous()
+    every = _c10d.wait_tensor(_c10d.all_gather_into_tensor(first, ranks, group))
+    pieces = every.unflatten(0, (ranks, 2, piece))
+    heads, tails = pieces[:, 0], pieces[:, 1].flip(0)
+    ordered = torch.cat([heads, tails]).flatten(0, 1).narrow(0, 0, length)
+    return ordered.movedim(0, dim).contiguous()
+
+
+class _GatherBalanced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, length: int, group: str) -> Tensor:
+        ctx.options = dim, group
+        return _gather_balanced(x, dim, length, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        dim, group = ctx.options
+        ranks = group_size(group)
+        first = grads[0].movedim(dim, 0)
+        piece = _piece_length(first.shape[0], group)
+        missing = 2 * ranks * piece - first.shape[0]
+        padded = torch.cat([first, first.new_zeros((missing, *first.shape[1:]))])
+        pieces = padded.unflatten(0, (2, ranks, piece))
+        order = torch.stack([pieces[0], pieces[1].flip(0)], 1).flatten(0, 2)
+        part = _c10d.reduce_scatter_tensor(order.contiguous(), "sum", ranks, group)
+        return _c10d.wait_tensor(part).movedim(0, dim), None, None, None
+
+
+share_balanced = _define(
+    "share_balanced(Tensor x, int dim, int fill, str group) -> Tensor", _share_balanced
+)
+"""This rank's tokens of what all ranks have in full: its first and its last piece of the dimension,
+which is filled up to the multiple of twice the number of ranks with `fill`. No gradient is summed:
+it is for inputs and masks."""
+
+gather_balanced = _define(
+    "gather_balanced(Tensor x, int dim, SymInt length, str group) -> Tensor", _GatherBalanced.apply
+)
+"""All tokens, in their order, `length` of them, of what `share_balanced` divided; backward: the sum
+of all ranks' gradients for this rank's tokens, by a reduce-scatter."""

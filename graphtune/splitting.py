@@ -165,8 +165,7 @@ class Spread:
 
     def revalue(self, node: fx.Node) -> None:
         """Compute a node's shape again from its inputs'."""
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        node.meta["val"] = propagate(self._ids.meta["val"], node.target, args, kwargs)
+        revalue(node)
 
     def replace_inputs(self, node: fx.Node, by: Callable[[fx.Node], fx.Node]) -> None:
         """Let a node read `by(source)` for each source that is not whole."""
@@ -317,6 +316,13 @@ class Spread:
                 f"{what} of {module_of(node)[0]}; choose a divisor of {size}"
             )
         return size // self.size
+
+
+def revalue(node: fx.Node) -> None:
+    """Compute a call's (symbolic) shape again from those of its inputs."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    like = next(iter(node.graph.nodes)).meta["val"]
+    node.meta["val"] = propagate(like, node.target, args, kwargs)
 
 
 def _depending_on_trained(edit: Edit) -> set[fx.Node]:

@@ -3,6 +3,7 @@
 from graphtune.passes.activation_checkpoint import ActivationCheckpoint
 from graphtune.passes.adapters import SetAdapter
 from graphtune.passes.base import Pass, Stage
+from graphtune.passes.context_parallel import ContextParallel
 from graphtune.passes.data_parallel import DataParallel
 from graphtune.passes.dora import DoRA
 from graphtune.passes.fsdp import FSDP
@@ -26,6 +27,7 @@ _ALL: tuple[type[Pass], ...] = (
     Merge,
     ActivationCheckpoint,
     TensorParallel,
+    ContextParallel,
     DataParallel,
     FSDP,
 )
@@ -34,6 +36,7 @@ registry: dict[str, type[Pass]] = {one.name: one for one in _ALL}
 __all__ = [
     "FSDP",
     "ActivationCheckpoint",
+    "ContextParallel",
     "DataParallel",
     "DoRA",
     "Freeze",

@@ -13,7 +13,7 @@ from graphtune.passes.adapters import last_output
 from graphtune.passes.quantize import format_of
 from graphtune.quantized_slices import slice_stored
 from graphtune.rewrite import Edit
-from graphtune.sites import Site, module_of
+from graphtune.sites import Site
 from graphtune.splitting import Partial, Split, Spread
 
 aten = torch.ops.aten
@@ -187,7 +187,7 @@ def _pieces(site: Site, outputs: int) -> tuple[int, ...]:
     while stack:
         node = stack.pop()
         for user in node.users:
-            if user in seen or module_of(user)[0] == site.name:
+            if user in seen:
                 continue
             seen.add(user)
             value = user.meta.get("val")

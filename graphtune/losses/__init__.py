@@ -7,5 +7,14 @@ from graphtune.losses.cross_entropy import (
     shift_labels,
     shift_weights,
 )
+from graphtune.losses.parallel import ContextParallelCrossEntropy, VocabParallelCrossEntropy
 
-__all__ = ["IGNORE_INDEX", "cross_entropy", "labelled_tokens", "shift_labels", "shift_weights"]
+__all__ = [
+    "IGNORE_INDEX",
+    "ContextParallelCrossEntropy",
+    "VocabParallelCrossEntropy",
+    "cross_entropy",
+    "labelled_tokens",
+    "shift_labels",
+    "shift_weights",
+]
