@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -72,9 +72,7 @@ class ContextParallel(Pass):
         if not attentions:
             raise UserError(f"`{KEY}`: the model has no attention whose tokens could be divided")
         sharing = _Sharing(edit, group_name(mesh, "cp"), {one.mask for one in attentions})
-        for one in attentions:
-            sharing.attend(one)
-        sharing.recompute_shapes()
+        sharing.attend(attentions)
         before = edit.distribution.parts if edit.distribution else {}
         edit.distribution = Distribution(mesh, before)
         names = {module_of(one.node)[0]: one.node for one in attentions}
@@ -128,7 +126,7 @@ def _by_hand(softmax: fx.Node) -> _Attention | None:
     return _Attention(added, mask, ((product, 1, 3), (weighted, 1, 2)))
 
 
-_SHAPES = (aten.sym_size.int, getattr)
+_WHOLE = (aten.sym_size.int, getattr, exchange.share_balanced)
 
 
 class _Sharing:
@@ -170,36 +168,42 @@ class _Sharing:
         same = isinstance(value, torch.SymInt) and isinstance(self.length.meta["val"], torch.SymInt)
         return same and str(value) == str(self.length.meta["val"]) and node is not self.length
 
-    def attend(self, one: _Attention) -> None:
-        """Gather keys and values, and cut the mask's rows."""
-        for node, place, dim in one.gathered:
-            source = node.args[place]
-            with self.edit.after(source):  # type: ignore[arg-type]
-                every = self.edit.call(
-                    exchange.gather_balanced, source, dim, self.length, self.group
-                )
-            node.args = (*node.args[:place], every, *node.args[place + 1 :])
-        if one.mask not in self._masks:
-            with self.edit.after(one.mask):
-                self._masks[one.mask] = self.edit.call(
-                    exchange.share_balanced, one.mask, 2, 1, self.group
-                )
-        one.node.replace_input_with(one.mask, self._masks[one.mask])
+    def attend(self, attentions: Iterable[_Attention]) -> None:
+        """Gather keys and values, cut the masks' rows, and compute all shapes again."""
+        gathered: dict[fx.Node, list[tuple[int, int]]] = {}
+        masked = {one.node: one.mask for one in attentions}
+        for one in attentions:
+            for node, place, dim in one.gathered:
+                gathered.setdefault(node, []).append((place, dim))
+        for node in list(self.edit.graph.nodes):
+            for place, dim in gathered.get(node, ()):
+                self._gather(node, place, dim)
+            if node in masked:
+                node.replace_input_with(masked[node], self._rows(masked[node]))
+            if node.op == "call_function":
+                self._check(node)
+                revalue(node)
 
-    def recompute_shapes(self) -> None:
-        """Compute the shapes again, and check that only attention reads masks."""
-        cut = set(self._masks.values())
-        for node in self.edit.graph.nodes:
-            if node.op != "call_function":
-                continue
-            if node not in self.of_masks and node not in cut and node.target not in _SHAPES:
-                stray = [s for s in node.all_input_nodes if self._is_stray(s)]
-                if stray and node.target is not exchange.share_balanced:
-                    raise UserError(
-                        f"`{KEY}`: {module_of(node)[0] or 'the model'} reads the mask of all "
-                        "tokens outside of attention, so its tokens cannot be divided"
-                    )
-            revalue(node)
+    def _gather(self, node: fx.Node, place: int, dim: int) -> None:
+        source: Any = node.args[place]
+        with self.edit.after(source):
+            call = self.edit.call
+            every = call(exchange.gather_balanced, source, dim, self.length, self.group)
+        node.args = (*node.args[:place], every, *node.args[place + 1 :])
+
+    def _rows(self, mask: fx.Node) -> fx.Node:
+        if mask not in self._masks:
+            with self.edit.after(max(mask, self.own_length)):
+                self._masks[mask] = self.edit.call(exchange.share_balanced, mask, 2, 1, self.group)
+        return self._masks[mask]
+
+    def _check(self, node: fx.Node) -> None:
+        reads_whole = node not in self.of_masks and node.target not in _WHOLE
+        if reads_whole and any(map(self._is_stray, node.all_input_nodes)):
+            raise UserError(
+                f"`{KEY}`: {module_of(node)[0] or 'the model'} reads the mask of all tokens "
+                "outside of attention, so its tokens cannot be divided"
+            )
 
     def _is_stray(self, node: fx.Node) -> bool:
         """Whether a node is made of whole rows' tokens, and not one of sizes or devices."""
