@@ -4,6 +4,7 @@ Every rank also trains the whole model by itself, on the same batches, and compa
 """
 
 import copy
+import functools
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -85,9 +86,15 @@ def _model(name: str) -> nn.Module:
     return AutoModelForCausalLM.from_config(config).train()
 
 
+@functools.cache
+def captured(model: str) -> Program:
+    """The program of a tiny model, the same in every process; do not train it."""
+    return gt.capture(_model(model))
+
+
 def adapted(case: Case) -> Program:
     """The program in one process; factors B of adapters are not at zero."""
-    program = gt.capture(_model(case.model))
+    program = copy.deepcopy(captured(case.model))
     torch.manual_seed(1)
     program = program.apply(*ADAPT[case.adapt])
     with torch.no_grad():
@@ -223,7 +230,7 @@ def compare_all(cases: Sequence[Case]) -> list[dict[str, Any] | str]:
 def packed(ranks: int) -> float:
     """How far logits under the mask of two packed texts are from one process's."""
     mesh = make_mesh("cpu", cp=ranks, dp_shard=1)
-    program = gt.capture(tiny_model("qwen3"))
+    program = captured("llama")
     split = program.apply(ContextParallel(mesh=mesh), DataParallel(mesh=mesh))
     ids = torch.arange(2 * 13).reshape(2, 13) % VOCAB
     text = (torch.arange(13) >= 5).long()
