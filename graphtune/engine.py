@@ -237,6 +237,12 @@ def compile_step(
     """
     if not any(True for _ in program.trainable_parameters()):
         raise UserError("compile_step: the program has no trainable parameter; apply a pass first")
+    passes = {row.name for row in program.ledger}
+    if "context_parallel" in passes and not passes & {"fsdp", "data_parallel"}:
+        raise UserError(
+            "compile_step: `passes.context_parallel` leaves each rank the gradient of its tokens; "
+            "add `passes.fsdp` or `passes.data_parallel`, which sum them"
+        )
     if clip_grad_norm is not None and isinstance(optimizer, OptimizerInBackward):
         raise UserError(
             f"`clip_grad_norm={clip_grad_norm}` needs all gradients before the first update, and "

@@ -74,7 +74,7 @@ def _slice_nf4(
         runs = [(a * columns, b * columns) for a, b in spans]
     else:
         _check([(0, columns)], size)
-        runs = spans  # of each row
+        runs = list(spans)  # of each row
     _check(runs, size)
     blocks = [(a // size, b // size) for a, b in runs]
     borders = [border for block in blocks for border in block]

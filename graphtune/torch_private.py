@@ -14,6 +14,7 @@ from torch._functorch import config as functorch_config
 from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled as _wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.distributed.distributed_c10d import GroupName
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TensorMode = TorchDispatchMode
@@ -116,9 +117,9 @@ def group_size(group: str) -> int:
 
     A graph's arguments are plain values, and only torch's own collectives look names up.
     """
-    return _resolve_process_group(group).size()  # type: ignore[no-any-return]
+    return _resolve_process_group(GroupName(group)).size()
 
 
 def group_rank(group: str) -> int:
     """Which of the ranks of a process group this one is, by the group's name; as above."""
-    return _resolve_process_group(group).rank()  # type: ignore[no-any-return]
+    return _resolve_process_group(GroupName(group)).rank()

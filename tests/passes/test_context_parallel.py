@@ -3,7 +3,16 @@
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import graphtune as gt
+from graphtune.distributed import make_mesh
+from graphtune.errors import UserError
+from graphtune.losses import ContextParallelCrossEntropy
+from graphtune.passes import ContextParallel
+from tests.oracles.models import tiny_model
 from tests.oracles.ranks import World
 from tests.oracles.tensor_cases import Case, compare_all, packed
 
@@ -73,3 +82,17 @@ def test_gathers_keys_and_values_of_each_layer(two: Any) -> None:
 @pytest.mark.parametrize("name", FOUR)
 def test_trains_as_one_process_on_four_ranks(name: str, four: Any) -> None:
     _check(four[0][name])
+
+
+def test_needs_a_sum_of_gradients() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = make_mesh("cpu", cp=2)
+        split = gt.capture(tiny_model("llama")).apply(ContextParallel(mesh=mesh))
+        optimizer = torch.optim.SGD(split.trainable_parameters(), lr=1e-3)
+        with pytest.raises(UserError, match="add `passes.fsdp` or `passes.data_parallel`"):
+            gt.compile_step(split, optimizer, loss=ContextParallelCrossEntropy())
+        with pytest.raises(UserError, match="one rank to divide over"):
+            gt.capture(tiny_model("llama")).apply(ContextParallel(mesh=make_mesh("cpu")))
+    finally:
+        dist.destroy_process_group()

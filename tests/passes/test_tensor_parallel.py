@@ -2,6 +2,7 @@
 there."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,6 +176,26 @@ def test_refuses_a_vocabulary_and_an_mlp_that_do_not_divide(eight: Any) -> None:
     split = program.apply(only_attention)
     assert split.all_parameters()["model.layers.0.mlp.gate_proj.weight"].shape == (50, 32)
     assert split.all_parameters()["model.layers.0.self_attn.o_proj.weight"].shape == (32, 8)
+
+
+def test_reads_only_its_slices(eight: Any, tmp_path: Path) -> None:
+    """Weights on one rank are its parts of the file's, which the loader is told of."""
+    model = tiny_model("qwen2")
+    model.save_pretrained(tmp_path)
+    mesh = eight(tp=2, dp_shard=4)
+    empty = gt.capture(gt.load_model(tmp_path, device="meta")).apply(TensorParallel(mesh=mesh))
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    loaded = gt.load_weights(empty, device="cpu")
+    assert loaded.distribution is not None
+    parts = loaded.distribution.parts
+    assert parts["model.layers.0.self_attn.k_proj.bias"][0].length == 8
+    for name, whole in model.state_dict().items():
+        expected = whole
+        for part in parts.get(name, ()):
+            expected = part.of(expected)
+        assert torch.equal(loaded.state_dict()[name], expected), name
+    reads = {fill.inputs[0]: fill.part for fill in empty.deferred.fills}
+    assert reads["model.layers.1.mlp.down_proj.weight"].dim == 1
 
 
 def test_a_mesh_that_is_not_the_world(eight: Any) -> None:
