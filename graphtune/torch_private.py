@@ -13,8 +13,8 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch._functorch import config as functorch_config
 from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled as _wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.distributed.distributed_c10d import GroupName
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TensorMode = TorchDispatchMode
