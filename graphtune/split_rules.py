@@ -278,7 +278,7 @@ RULES |= dict.fromkeys(
 )
 RULES |= dict.fromkeys(
     (aten.layer_norm.default, aten.rms_norm.default),
-    _along(lambda node: set(range(-len(node.args[1]), 0))),  # type: ignore[arg-type]
+    _along(lambda node: set(range(-len(node.args[1]), 0))),
 )
 
 

@@ -36,7 +36,7 @@ def source_layout(spread: Spread, node: fx.Node) -> Split | None:
 
 def rank_of(node: fx.Node) -> int:
     """How many dimensions the first input has."""
-    return node.args[0].meta["val"].dim()  # type: ignore[union-attr, return-value]
+    return node.args[0].meta["val"].dim()
 
 
 @_rule(operator.getitem)
@@ -173,9 +173,9 @@ def _cut(spread: Spread, node: fx.Node, layout: Split, start: int, end: int) -> 
     return start // spread.size, Split(layout.dim, inside)
 
 
-def _is_cut(spread: Spread, node: fx.Node, layout: Split | None, dim: int) -> bool:
+def _is_cut(spread: Spread, node: fx.Node, layout: Split, dim: int) -> bool:
     rank = len(spread.full(node.args[0]))
-    return layout is not None and layout.dim == (dim if dim < 0 else dim - rank)
+    return layout.dim == (dim if dim < 0 else dim - rank)
 
 
 @_rule(aten.slice.Tensor)
@@ -183,7 +183,7 @@ def _slice(spread: Spread, node: fx.Node) -> Any:
     layout = source_layout(spread, node)
     x, dim, start, end = (*node.args, *(None, 0, None, None)[len(node.args) :])[:4]
     step = node.args[4:]
-    if not _is_cut(spread, node, layout, dim):
+    if layout is None or not _is_cut(spread, node, layout, dim):
         return layout
     if layout.sequence or step:
         return _take_whole(spread, node)
@@ -204,7 +204,7 @@ def _split(spread: Spread, node: fx.Node) -> Any:
     x, sizes, *rest = node.args
     dim = rest[0] if rest else 0
     count = len(node.meta["val"])
-    if not _is_cut(spread, node, layout, dim):
+    if layout is None or not _is_cut(spread, node, layout, dim):
         return layout and [layout] * count
     widths = [spread.shape_of(value)[layout.dim] for value in node.meta["val"]]
     parts = [

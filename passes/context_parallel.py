@@ -115,7 +115,7 @@ def _by_hand(softmax: fx.Node) -> _Attention | None:
     scores, mask = added.args
     product = scores
     while isinstance(product, fx.Node) and product.target is not aten.matmul.default:
-        product = product.args[0] if product.op == "call_function" else None  # type: ignore[assignment]
+        product = product.args[0] if product.op == "call_function" else None
     weighted = softmax
     while weighted.target is not aten.matmul.default:
         if len(weighted.users) != 1:

@@ -70,7 +70,7 @@ class WeightSlices:
     def _look_up(self, spread: Spread, node: fx.Node) -> Partial:
         """Let an embedding look up the ids that this rank has, and give zeros for others."""
         weight, ids, *rest = node.args
-        count = spread.full(weight)[0] // spread.size  # type: ignore[arg-type]
+        count = spread.full(weight)[0] // spread.size
         call = self.edit.call
         with self.edit.after(node.prev, origin=node):
             local = call(aten.sub.Tensor, ids, self.rank * count)
@@ -81,7 +81,7 @@ class WeightSlices:
             )
             index = call(aten.mul.Tensor, local, inside)
         if rest and rest[0] != -1:  # the padding token's row gets no gradient
-            own = rest[0] - self.rank * count  # type: ignore[operator]
+            own = rest[0] - self.rank * count
             rest = [own if 0 <= own < count else -1, *rest[1:]]
         node.args = (weight, index, *rest)
         spread.revalue(node)
@@ -211,4 +211,4 @@ _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 def _is_last(node: fx.Node, place: int) -> bool:
     """Whether the dimension among a node's arguments is the last one of its input."""
     dim = node.args[place] if len(node.args) > place else 0
-    return dim in (-1, node.args[0].meta["val"].dim() - 1)  # type: ignore[union-attr]
+    return dim in (-1, node.args[0].meta["val"].dim() - 1)
