@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from graphtune import exchange
 from graphtune.errors import UserError
-from graphtune.rewrite import Edit, constants_of
+from graphtune.rewrite import Edit
 from graphtune.sites import module_of
 from graphtune.torch_private import is_fake, propagate, size_at, size_symbol
 
@@ -97,6 +97,11 @@ class Spread:
         self._symbols = {str(size_symbol(batch)): _ROWS, str(size_symbol(tokens)): _TOKENS}
         self._full = {node: self._shapes(node) for node in edit.graph.nodes}
         self._trains = _depending_on_trained(edit)
+        self._constants: set[fx.Node] = set(edit.graph.find_nodes(op="get_attr"))
+        for node in edit.graph.nodes:
+            sources = node.all_input_nodes if node.op == "call_function" else []
+            if sources and self._constants.issuperset(sources):
+                self._constants.add(node)
 
     def _shapes(self, node: fx.Node) -> Any:
         value = node.meta.get("val")
@@ -273,15 +278,14 @@ class Spread:
         """Say that a whole result's gradient is added up already, further up."""
         self._made["entered", node] = node
 
-    @staticmethod
-    def _only_hands_on(node: fx.Node) -> bool:
+    def _only_hands_on(self, node: fx.Node) -> bool:
         """Whether what a node is computed from is rather what goes into the ranks' work.
 
         So it is with what is computed from weights alone, and with the first half of an adapter,
         whose weight's gradient is smaller than that of its result.
         """
         adapts = "adapter" in node.meta.get("custom", {}) and node.target is aten.linear.default
-        return node.op == "call_function" and (adapts or constants_of(node) is not None)
+        return node.op == "call_function" and (adapts or node in self._constants)
 
     def entered_weights(self) -> list[str]:
         """Parameters that go nowhere but into the ranks' work, and take no sum by themselves.
