@@ -26,10 +26,10 @@ from graphtune.losses import (
     with_rows,
 )
 from graphtune.program import Program
-from graphtune.quantization import recompute_in_backward
 from graphtune.recomputation import as_tagged, by_region
 from graphtune.torch_private import salted_cache
 from graphtune.training.optimizers import OptimizerInBackward
+from graphtune.transient import recompute_in_backward
 
 
 class NotFinite(RuntimeError):
@@ -120,19 +120,19 @@ class TrainStep:
                 backward, those were whose gradients came first, and were finite.)
         """
         micro_batches = [batch] if isinstance(batch, Mapping) else list(batch)
-        tokens = int(sum(labelled_tokens(one["labels"]) for one in micro_batches))
+        tokens = int(self._over_ranks(sum(labelled_tokens(one["labels"]) for one in micro_batches)))
         if tokens == 0:
             raise UserError("batch: no token has a label; nothing can be learned from it")
         weight: float = tokens
         if any("weights" in one for one in micro_batches):
             parts = (labelled_tokens(one["labels"], one.get("weights")) for one in micro_batches)
-            weight = float(sum(parts))
+            weight = float(self._over_ranks(sum(parts)))
         if weight == 0:
             raise UserError("batch: every label has the weight 0; nothing can be learned from it")
         loss = torch.zeros((), device=self.parameters[0].device)
         for one in micro_batches:
             part = self.loss_sum(one) / weight
-            loss += part.detach()
+            loss += self._over_ranks(part.detach())
             if self._updates_in_backward and not loss.item() <= min(loss_limit, sys.float_info.max):
                 break  # afterwards it would be too late
             part.backward()
@@ -148,12 +148,30 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         return metrics
 
+    def _over_ranks(self, value: Any) -> Any:
+        """The sum over the ranks of a run, which see different tokens."""
+        distribution = self.program.distribution
+        if distribution is None:
+            return value
+        return distribution.sum(torch.as_tensor(value, device=self.parameters[0].device))
+
     def _clip(self) -> Tensor:
         """Norm of the whole gradient, which is then no longer than it may be."""
-        if isinstance(self.optimizer, OptimizerInBackward):
-            return self.optimizer.grad_norm()
         limit = float("inf") if self.clip_grad_norm is None else self.clip_grad_norm
-        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        distribution = self.program.distribution
+        if distribution is None:
+            if isinstance(self.optimizer, OptimizerInBackward):
+                return self.optimizer.grad_norm()
+            return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        norms = {}
+        for name, parameter in self.program.named_parameters():
+            if isinstance(self.optimizer, OptimizerInBackward):
+                norms[name] = self.optimizer.norms.get(parameter, torch.zeros(()))
+            elif parameter.grad is not None:
+                norms[name] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        norm = distribution.norm(norms)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        return norm
 
     def check(self, batch: Batch, tolerance: float = 1e-3) -> float:
         """Compare compiled loss and gradients with eager ones on one batch.
@@ -224,6 +242,12 @@ def compile_step(
     """
     if not any(True for _ in program.trainable_parameters()):
         raise UserError("compile_step: the program has no trainable parameter; apply a pass first")
+    passes = {row.name for row in program.ledger}
+    if "context_parallel" in passes and not passes & {"fsdp", "data_parallel"}:
+        raise UserError(
+            "compile_step: `passes.context_parallel` leaves each rank the gradient of its tokens; "
+            "add `passes.fsdp` or `passes.data_parallel`, which sum them"
+        )
     if clip_grad_norm is not None and isinstance(optimizer, OptimizerInBackward):
         raise UserError(
             f"`clip_grad_norm={clip_grad_norm}` needs all gradients before the first update, and "

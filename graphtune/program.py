@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphtune.distributed import Distribution, Part
 from graphtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,11 +63,13 @@ class Fill:
         outputs: names of the tensors that `compute` returns.
         inputs: names of the tensors that it takes, as they are when all earlier fills have run.
         compute: called with the inputs, or, where there are none, with the device.
+        part: where it is all that `compute` needs of its only input, and keeps.
     """
 
     outputs: tuple[str, ...]
     inputs: tuple[str, ...]
     compute: Callable[..., tuple[Tensor, ...]]
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Program(nn.Module):
         info: where the weights came from.
         deferred: what `load_weights` must do; None where the weights are there.
         unmerged: what this program was before a merge that was asked to keep it, or None.
+        distribution: how it is spread over several processes, or None.
     """
 
     graph_module: fx.GraphModule
@@ -148,6 +152,7 @@ class Program(nn.Module):
         inputs = self.inputs
         self.takes_mask = "attention_mask" in inputs
         self._added = tuple(name for name in inputs if name not in INPUTS)
+        self.distribution: Distribution | None = None
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         *path, leaf = name.split(".")

@@ -12,17 +12,16 @@ graph's metadata says of the call holds for each piece.
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from graphtune.transient import remember
 
 _library = torch.library.Library("graphtune", "FRAGMENT")
 
@@ -30,47 +29,12 @@ _library = torch.library.Library("graphtune", "FRAGMENT")
 def _define(schema: str, composite: Callable[..., Tensor]) -> Any:
     def operator(*args: Any) -> Tensor:
         weight = composite(*args)
-        if (given := _given.get()) is not None:
-            # While a weight lives, no other tensor has its storage.
-            storage = weight.untyped_storage()._cdata
-            given[storage] = (weakref.ref(weight), lambda: composite(*args))
+        remember([weight], lambda *given: [composite(*given)], args, unit="")
         return weight
 
     name = _library.define(schema)
     _library.impl(name, operator, "CompositeImplicitAutograd")
     return getattr(torch.ops.graphtune, name.split("::")[-1]).default
-
-
-_Given: TypeAlias = dict[int, tuple[weakref.ref[Tensor], Callable[[], Tensor]]]
-_given: ContextVar[_Given | None] = ContextVar("given", default=None)
-
-
-@contextmanager
-def recompute_in_backward() -> Iterator[None]:
-    """Within it, eager autograd keeps no dequantized weight, but computes it again.
-
-    A compiled step needs no such thing: there the operators' nodes are tagged in the graph.
-    """
-    given: _Given = {}
-
-    def pack(tensor: Tensor) -> Any:
-        weight, again = given.get(tensor.untyped_storage()._cdata, (None, None))
-        if weight is None or weight() is None:
-            return tensor
-        return again, tensor.shape, tensor.stride(), tensor.storage_offset()
-
-    def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        again, *view = packed
-        return again().as_strided(*view)
-
-    token = _given.set(given)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-    finally:
-        _given.reset(token)
 
 
 class Format(ABC):

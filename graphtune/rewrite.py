@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy
 
+from graphtune.distributed import Part
 from graphtune.program import Deferred, Fill, LedgerRow, Program
 from graphtune.sites import Kind, Site, find_sites
 from graphtune.torch_private import fake_parameter, propagate
@@ -90,6 +91,7 @@ class Edit:
         parameters: by name; the methods below add, replace and remove entries.
         buffers: by name, with whether `state_dict` holds them.
         info: the program's, for a pass that changes what it says.
+        distribution: likewise.
         figures: what the pass measures, by name; they go to the ledger.
     """
 
@@ -102,6 +104,7 @@ class Edit:
         self.parameters = program.all_parameters()
         self.buffers = program.all_buffers()
         self.info = program.info
+        self.distribution = program.distribution
         self.figures: dict[str, float] = {}
         self.pasted: list[fx.Node] = []
         self._fills: list[Fill] = []
@@ -205,7 +208,11 @@ class Edit:
 
     @torch.no_grad()
     def compute(
-        self, outputs: Iterable[str], compute: Callable[..., tuple[Tensor, ...]], *inputs: str
+        self,
+        outputs: Iterable[str],
+        compute: Callable[..., tuple[Tensor, ...]],
+        *inputs: str,
+        part: Part | None = None,
     ) -> tuple[Tensor, ...]:
         """Compute new tensors from the program's; later, if its weights are not loaded yet.
 
@@ -214,14 +221,37 @@ class Edit:
             compute: called with the inputs' tensors, or, without inputs, with the device. It must
                 run on the meta device too, for shapes.
             inputs: names of parameters or buffers.
+            part: all that is needed of the only input, and kept (see `Fill`).
 
         Returns:
             The results; on the meta device where the weights are not loaded.
         """
         arguments = [self.tensor(name) for name in inputs] if inputs else [self.device]
         if self.program.deferred is not None:
-            self._fills.append(Fill(tuple(outputs), inputs, compute))
+            self._fills.append(Fill(tuple(outputs), inputs, compute, part))
         return tuple(one.detach() for one in compute(*arguments))
+
+    def replace(
+        self, name: str, compute: Callable[[Tensor], Tensor], *, part: Part | None = None
+    ) -> list[str]:
+        """Let a tensor become what `compute` makes of it; a tied one under all its names.
+
+        Args:
+            part: as for `compute` above.
+
+        Returns:
+            Its names.
+        """
+        old = self.tensor(name)
+        if not isinstance(old, nn.Parameter):
+            (value,) = self.compute((name,), lambda given: (compute(given),), name, part=part)
+            self.buffers[name] = (value, self.buffers[name][1])
+            return [name]
+        names = [other for other, parameter in self.parameters.items() if parameter is old]
+        values = self.compute(names, lambda given: (compute(given),) * len(names), name, part=part)
+        new = nn.Parameter(values[0], old.requires_grad)
+        self.parameters |= dict.fromkeys(names, new)
+        return names
 
     def set_trainable(self, names: Iterable[str], trainable: bool, *, copy: bool = False) -> None:
         """Freeze parameters, or let them train.
@@ -265,6 +295,7 @@ class Edit:
         after = Program(self.graph, self.parameters, self.buffers, self.info)
         after.train(before.training)
         after.deferred = self._deferred(numerics)
+        after.distribution = self.distribution
         after.ledger = (
             *before.ledger,
             LedgerRow(

@@ -62,6 +62,8 @@ def save_program(program: Program, path: str | Path) -> Path:
     """
     if program.deferred is not None and program.deferred.fills:
         raise UserError("save: the program has no weights yet; call load_weights first")
+    if program.distribution is not None:
+        raise UserError("save: the program is spread over several processes; save checkpoints")
     path = Path(path)
     tensors, aliases = _tensors(program)
     description = {

@@ -95,6 +95,13 @@ def module_of(node: fx.Node) -> tuple[str, str]:
     return list(stack.values())[-1] if stack else ("", "")
 
 
+def layer_of(module: str) -> str | None:
+    """The name of the numbered layer that a module belongs to: `model.layers.3`."""
+    parts = module.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    return None if number is None else ".".join(parts[: number + 1])
+
+
 def find_sites(graph: fx.Graph) -> Iterator[Site]:
     """All sites of a graph, in its order. What passes inserted is not a site."""
     head = output_head(graph)

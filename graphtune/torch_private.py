@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._distributed_c10d import _resolve_process_group
 from torch._functorch import config as functorch_config
 from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled as _wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.distributed_c10d import GroupName
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -146,3 +148,16 @@ def compile_package(program: ExportedProgram, path: Path) -> None:
 def load_package(path: Path) -> Callable[..., Any]:
     """Load what `compile_package` wrote; it takes and gives what the program does."""
     return torch._inductor.aoti_load_package(str(path))
+
+
+def group_size(group: str) -> int:
+    """How many ranks a process group has, by the name that graphs hold.
+
+    A graph's arguments are plain values, and only torch's own collectives look names up.
+    """
+    return _resolve_process_group(GroupName(group)).size()
+
+
+def group_rank(group: str) -> int:
+    """Which of the ranks of a process group this one is, by the group's name; as above."""
+    return _resolve_process_group(GroupName(group)).rank()

@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graphtune.distributed import Part
 from graphtune.errors import UserError
 from graphtune.models.streaming import stream_weights
 from graphtune.program import Fill, Program
@@ -52,7 +54,11 @@ def load_weights(
         raise UserError("load_weights: the model was not made by load_model, so has no source")
     device = torch.get_default_device() if device is None else torch.device(device)
     stream = stream_weights(
-        program.source, program.config, revision=revision, trust_remote_code=trust_remote_code
+        program.source,
+        program.config,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        parts=_parts(program),
     )
     return fill(program, stream, device)
 
@@ -62,7 +68,8 @@ def fill(program: Program, weights: Iterable[tuple[str, Tensor]], device: torch.
 
     Args:
         program: on the meta device.
-        weights: name and value of each tensor of the checkpoint, in any order.
+        weights: name and value of each tensor of the checkpoint, in any order; of one whose
+            part is enough, perhaps only that.
         device: where they go.
 
     Raises: as `load_weights`.
@@ -93,7 +100,9 @@ class _Filling:
             self.aliases.setdefault(id(tensor), []).append(name)
         self.values: dict[str, Tensor] = {}
         self.seen: set[str] = set()
-        self.digests: dict[str, str] = {}
+        self.parts = _parts(program)
+        self.in_part: set[str] = set()
+        self.samples: dict[str, Tensor] = {}  # by name, for the fingerprint
 
     @torch.no_grad()
     def arrive(self, name: str, tensor: Tensor) -> None:
@@ -103,7 +112,9 @@ class _Filling:
             )
             return
         expected = self.expected[name]
-        if tensor.shape != expected.shape:
+        part = self.parts.get(name)
+        in_part = part is not None and tensor.shape == part.of(expected).shape
+        if tensor.shape != expected.shape and not in_part:
             raise UserError(
                 f"model.id: {name} of {self.empty.source} has shape {tuple(tensor.shape)}, the "
                 f"model needs {tuple(expected.shape)}"
@@ -112,7 +123,8 @@ class _Filling:
         if self.seen.intersection(names):  # a checkpoint may hold a tied weight twice
             return
         tensor = tensor.to(self.device, expected.dtype)
-        self.digests[names[0]] = digest(names[0], tensor)
+        self.samples[names[0]] = _sample(tensor, expected.shape, part if in_part else None)
+        self.in_part.update(names if in_part else ())
         self.seen.update(names)
         self._keep(names, [tensor] * len(names))
         self._compute_ready()
@@ -134,12 +146,16 @@ class _Filling:
 
     def _run(self, one: Fill) -> None:
         arguments: list[Any] = [self.values[name] for name in one.inputs] or [self.device]
-        self._keep(one.outputs, one.compute(*arguments))
+        if one.part is not None and one.inputs[0] in self.in_part:
+            self._keep(one.outputs, [one.part.padded(arguments[0])] * len(one.outputs))
+        else:
+            self._keep(one.outputs, one.compute(*arguments))
 
     def _keep(self, names: Iterable[str], tensors: Iterable[Tensor]) -> None:
         for name, tensor in zip(names, tensors, strict=True):
             place = self.places.get(name)
-            self.values[name] = tensor if place is None else place.copy_(tensor)
+            fits = place is not None and place.shape == tensor.shape  # else a fill will shard it
+            self.values[name] = place.copy_(tensor) if place is not None and fits else tensor
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -165,9 +181,38 @@ class _Filling:
             name: (self.values.get(name, buffer).to(self.device), saved)
             for name, (buffer, saved) in empty.all_buffers().items()
         }
-        info = dataclasses.replace(empty.info, fingerprint=_combine(self.digests))
+        info = dataclasses.replace(empty.info, fingerprint=self._fingerprint())
         loaded = Program(empty.graph, parameters, buffers, info, empty.ledger)
+        loaded.distribution = empty.distribution
         return loaded.train(empty.training)
+
+    def _fingerprint(self) -> str:
+        """As of the whole tensors, of which each rank has sampled its part."""
+        of_axis: dict[str, list[str]] = {}
+        for name in self.samples.keys() & self.in_part:
+            of_axis.setdefault(self.parts[name].axis, []).append(name)
+        for axis, names in sorted(of_axis.items()):
+            assert self.empty.distribution is not None
+            names = sorted(names)
+            mine = torch.cat([self.samples[name] for name in names])
+            whole = self.empty.distribution.sum(mine.int(), [axis]).short()
+            lengths = [len(self.samples[name]) for name in names]
+            self.samples |= dict(zip(names, whole.split(lengths), strict=True))
+        return _combine((n, self.expected[n].shape, one) for n, one in self.samples.items())
+
+
+def _parts(program: Program) -> dict[str, Part]:
+    """The tensors of the checkpoint of which a part is enough: nothing else is made of them."""
+    assert program.deferred is not None
+    fills = program.deferred.fills
+    readers = Counter(name for one in fills for name in one.inputs)
+    return {
+        name: one.part
+        for one in fills
+        if one.part is not None and readers[one.inputs[0]] == 1
+        for name in one.outputs
+        if name in program.deferred.checkpoint
+    }
 
 
 def _places(program: Program, device: torch.device) -> dict[str, Tensor]:
@@ -194,21 +239,36 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     first: dict[int, str] = {}
     for name, tensor in tensors.items():  # a tied weight counts under its first name
         first.setdefault(id(tensor), name)
-    return _combine({name: digest(name, tensors[name]) for name in first.values()})
+    named = ((name, tensors[name]) for name in first.values())
+    return _combine((name, tensor.shape, _sample(tensor, tensor.shape)) for name, tensor in named)
 
 
 @torch.no_grad()
-def digest(name: str, tensor: Tensor) -> str:
-    """The part of a fingerprint that one tensor gives."""
-    flat = tensor.detach().reshape(-1)
-    count = min(flat.numel(), 1024)
-    where = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
-    sample = flat[where.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16)
-    return hashlib.sha256(
-        f"{name}{tuple(tensor.shape)}".encode() + sample.numpy().tobytes()
-    ).hexdigest()
+def _sample(tensor: Tensor, shape: torch.Size, part: Part | None = None) -> Tensor:
+    """Up to 1,024 values of a tensor of some shape, rounded to bfloat16, as int16.
+
+    Args:
+        part: what `tensor` is of it, if not the whole; where that has no value, the sample is 0.
+    """
+    count = min(shape.numel(), 1024)
+    where = torch.linspace(0, shape.numel() - 1, count, dtype=torch.float64).long()
+    there = torch.ones_like(where, dtype=torch.bool)
+    index = list(torch.unravel_index(where, shape)) if part is not None else []
+    if part is not None:
+        there = (index[part.dim] >= part.start) & (index[part.dim] < part.stop)
+        index[part.dim] = index[part.dim] - part.start
+        values = tensor.detach()[tuple(one[there].to(tensor.device) for one in index)]
+    else:
+        values = tensor.detach().reshape(-1)[where.to(tensor.device)]
+    sample = torch.zeros(count, dtype=torch.int16)
+    sample[there] = values.to(torch.bfloat16).cpu().view(torch.int16)
+    return sample
 
 
-def _combine(digests: Mapping[str, str]) -> str:
-    text = "\n".join(f"{name} {value}" for name, value in sorted(digests.items()))
+def _combine(samples: Iterable[tuple[str, torch.Size, Tensor]]) -> str:
+    digests = {
+        name: hashlib.sha256(f"{name}{tuple(shape)}".encode() + sample.numpy().tobytes())
+        for name, shape, sample in samples
+    }
+    text = "\n".join(f"{name} {digests[name].hexdigest()}" for name in sorted(digests))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -3,7 +3,10 @@
 from graphtune.passes.activation_checkpoint import ActivationCheckpoint
 from graphtune.passes.adapters import SetAdapter
 from graphtune.passes.base import Pass, Stage
+from graphtune.passes.context_parallel import ContextParallel
+from graphtune.passes.data_parallel import DataParallel
 from graphtune.passes.dora import DoRA
+from graphtune.passes.fsdp import FSDP
 from graphtune.passes.full import Freeze, Full
 from graphtune.passes.fused_loss import FusedLoss
 from graphtune.passes.kv_cache import KVCache
@@ -12,6 +15,7 @@ from graphtune.passes.merge import Merge, Unmerge
 from graphtune.passes.neftune import NEFTune
 from graphtune.passes.qlora import QLoRA
 from graphtune.passes.quantize import Quantize
+from graphtune.passes.tensor_parallel import TensorParallel
 
 _ALL: tuple[type[Pass], ...] = (
     Quantize,
@@ -26,11 +30,18 @@ _ALL: tuple[type[Pass], ...] = (
     FusedLoss,
     ActivationCheckpoint,
     KVCache,
+    TensorParallel,
+    ContextParallel,
+    DataParallel,
+    FSDP,
 )
 registry: dict[str, type[Pass]] = {one.name: one for one in _ALL}
 
 __all__ = [
+    "FSDP",
     "ActivationCheckpoint",
+    "ContextParallel",
+    "DataParallel",
     "DoRA",
     "Freeze",
     "Full",
@@ -44,6 +55,7 @@ __all__ = [
     "Quantize",
     "SetAdapter",
     "Stage",
+    "TensorParallel",
     "Unmerge",
     "registry",
 ]

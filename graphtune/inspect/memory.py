@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from graphtune.losses import ROW_INPUTS, cross_entropy
-from graphtune.quantization import recompute_in_backward
 from graphtune.recomputation import by_region
 from graphtune.torch_private import TensorMode, fake_tensors
+from graphtune.transient import recompute_in_backward
 
 if TYPE_CHECKING:
     from graphtune.program import Program

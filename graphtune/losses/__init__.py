@@ -9,13 +9,16 @@ from graphtune.losses.cross_entropy import (
     token_cross_entropy,
     token_cross_entropy_slope,
 )
+from graphtune.losses.parallel import ContextParallelCrossEntropy, VocabParallelCrossEntropy
 from graphtune.losses.rows import ROW_INPUTS, Batch, Loss, labelled_rows, loss_sum, with_rows
 
 __all__ = [
     "IGNORE_INDEX",
     "ROW_INPUTS",
     "Batch",
+    "ContextParallelCrossEntropy",
     "Loss",
+    "VocabParallelCrossEntropy",
     "cross_entropy",
     "labelled_rows",
     "labelled_tokens",

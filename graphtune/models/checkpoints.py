@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from graphtune.distributed import Part
 from graphtune.errors import UserError
 
 
@@ -45,8 +46,10 @@ class SafetensorsFiles:
     def names(self) -> Collection[str]:
         return self._file_of.keys()
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        tensor = self._file_of[name].get_tensor(name)
+    def read(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> Tensor:
+        """Of the whole tensor, or of a part of it, of which alone the file is read."""
+        file = self._file_of[name]
+        tensor = file.get_tensor(name) if part is None else part.of_file(file.get_slice(name))
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import copy
 import functools
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +35,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from graphtune.distributed import Part
 from graphtune.errors import UserError
 from graphtune.models.checkpoints import Checkpoint, SafetensorsFiles, TorchFiles
 from graphtune.models.dtypes import resolve_dtype
@@ -58,6 +59,7 @@ def stream_weights(
     revision: str | None = None,
     trust_remote_code: bool = False,
     dtype: torch.dtype | str | None = None,
+    parts: Mapping[str, Part] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield name and value of each tensor of a checkpoint, as the model would have loaded it.
 
@@ -74,6 +76,8 @@ def stream_weights(
         trust_remote_code: let the hub repository's own Python code run.
         dtype: of floating tensors; None or "auto" is the config's `dtype`. Those that the model
             keeps in float32 whatever was asked for are float32.
+        parts: by name, the part of a tensor that is enough; where the checkpoint has the tensor
+            as it is, in safetensors, only that is read and yielded, without padding.
 
     Yields:
         Names as in the module's `state_dict`, and tensors on the CPU, in no order to rely on.
@@ -95,7 +99,7 @@ def stream_weights(
         checkpoint = _open(source, model, options)
         if checkpoint is None:
             return _unload(_load_whole(source, model.config.dtype, options))
-        plan, unexpected = _plan(checkpoint, model)
+        plan, unexpected = _plan(checkpoint, model, parts or {})
     return _stream(id, checkpoint, plan, unexpected, model)
 
 
@@ -204,7 +208,9 @@ def _files(source: str, name: str, index_name: str, options: dict[str, Any]) -> 
     return [folder / name for name in names]
 
 
-def _plan(checkpoint: Checkpoint, model: Any) -> tuple[dict[str, Any], list[str]]:
+def _plan(
+    checkpoint: Checkpoint, model: Any, parts: Mapping[str, Part]
+) -> tuple[dict[str, Any], list[str]]:
     """What makes each of the model's tensors, by name, and what the model has no use for.
 
     A plan's values are a WeightRenaming or a WeightConverter of transformers with functions that
@@ -231,6 +237,8 @@ def _plan(checkpoint: Checkpoint, model: Any) -> tuple[dict[str, Any], list[str]
             converter = converter_of[pattern] if pattern else WeightRenaming(source, name)
             plan[name] = copy.deepcopy(converter)
         read = functools.partial(checkpoint.read, source, expected[name].dtype)
+        if name in parts and pattern is None and isinstance(checkpoint, SafetensorsFiles):
+            read = functools.partial(read, part=parts[name])
         plan[name].add_tensor(name, source, pattern or source, read)
     return plan, _not_ignored(unexpected, model)
 

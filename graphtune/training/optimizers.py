@@ -124,7 +124,7 @@ class OptimizerInBackward(Optimizer):
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._norms: dict[Tensor, Tensor] = {}  # of the gradients since the last `step`
+        self.norms: dict[Tensor, Tensor] = {}  # of the gradients since the last `step`
         self._advanced: dict[int, dict[str, Any]] = {}  # groups by number, after a step
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.state = optimizer.state
@@ -137,14 +137,14 @@ class OptimizerInBackward(Optimizer):
 
     def _hook(self, number: int) -> Any:
         def update(parameter: Tensor) -> None:
-            if parameter in self._norms:
+            if parameter in self.norms:
                 raise UserError(
                     "an optimizer in backward takes one backward pass for each step: set "
                     "`gradient_accumulation_steps=1`"
                 )
             assert parameter.grad is not None
             norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
-            self._norms[parameter] = norm
+            self.norms[parameter] = norm
             if not math.isfinite(norm):  # who asks for the norm will know
                 parameter.grad = None
                 return
@@ -163,7 +163,7 @@ class OptimizerInBackward(Optimizer):
     def grad_norm(self) -> Tensor:
         """2-norm of the gradient of the backward pass since the last `step`, a scalar float32."""
         device = self.param_groups[0]["params"][0].device
-        norms = [norm.to(device) for norm in self._norms.values()]
+        norms = [norm.to(device) for norm in self.norms.values()]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
     def step(self, closure: Any = None) -> Any:
@@ -179,7 +179,7 @@ class OptimizerInBackward(Optimizer):
         self._forget()
 
     def _forget(self) -> None:
-        self._norms.clear()
+        self.norms.clear()
         self._advanced.clear()
 
     def state_dict(self) -> dict[str, Any]:

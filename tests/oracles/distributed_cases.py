@@ -1,0 +1,158 @@
+"""What tests of distributed passes run on each rank, and in one process for comparison."""
+
+import copy
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import graphtune as gt
+from graphtune.distributed import make_mesh
+from graphtune.passes import FSDP, LoRA, QLoRA
+from graphtune.passes.base import Pass
+from graphtune.program import Program
+from tests.oracles.models import VOCAB, tiny_model
+
+ADAPT: dict[str, tuple[Pass, ...]] = {
+    "full": (),
+    "lora": (LoRA(rank=4),),
+    "qlora": (QLoRA(rank=4),),
+}
+LENGTH = 9
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run.
+
+    Attributes:
+        model: of `tests.oracles.models`, or "uneven".
+        adapt: what trains.
+        distribute: the pass, without its mesh.
+        mesh: sizes of axes; by default `dp_shard` has all ranks.
+        more: passes besides.
+    """
+
+    model: str = "qwen2"
+    adapt: str = "full"
+    distribute: type[Pass] = FSDP
+    options: dict[str, Any] = field(default_factory=dict)
+    mesh: dict[str, int] = field(default_factory=dict)
+    more: tuple[Pass, ...] = ()
+    compile: bool = False
+    clip: float | None = None
+    steps: int = 10
+
+
+@functools.cache
+def captured(model: str) -> Program:
+    """The program of a tiny model, the same in every process; do not train it."""
+    if model != "uneven":
+        return gt.capture(tiny_model(model))
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB - 1,
+        hidden_size=36,
+        intermediate_size=45,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+    )
+    return gt.capture(AutoModelForCausalLM.from_config(config).train())
+
+
+def batches(ranks: int, steps: int) -> list[list[dict[str, Tensor]]]:
+    """For each step and rank two rows, of which other shares are labelled on other ranks."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for _ in range(steps):
+        row = []
+        for rank in range(ranks):
+            ids = torch.randint(0, VOCAB - 1, (2, LENGTH), generator=generator)
+            ignored = torch.rand(ids.shape, generator=generator) < 0.6 * rank / ranks
+            row.append({"input_ids": ids, "labels": ids.masked_fill(ignored, -100)})
+        made.append(row)
+    return made
+
+
+def adapted(case: Case, *passes: Pass) -> Program:
+    torch.manual_seed(1)  # adapters start at random
+    return captured(case.model).apply(*ADAPT[case.adapt], *case.more, *passes)
+
+
+def _optimizer(program: Program) -> torch.optim.Optimizer:
+    # An epsilon of the size of gradients: else rounding errors of tiny ones become whole steps.
+    return torch.optim.AdamW(program.trainable_parameters(), lr=1e-2, eps=1e-3)
+
+
+def train_alone(case: Case, ranks: int) -> dict[str, Any]:
+    """The run in one process, the ranks' batches one after the other."""
+    program = copy.deepcopy(adapted(case))
+    step = gt.compile_step(
+        program, _optimizer(program), compile=case.compile, clip_grad_norm=case.clip
+    )
+    metrics = [step(batch) for batch in batches(ranks, case.steps)]
+    return {"metrics": metrics, "state": {k: v.clone() for k, v in program.state_dict().items()}}
+
+
+def distributed(case: Case) -> Program:
+    """The case's program on this rank."""
+    mesh = make_mesh("cpu", **case.mesh)
+    return adapted(case, case.distribute(mesh=mesh, **case.options))
+
+
+def whole_state(program: Program) -> dict[str, Tensor]:
+    """Parameters and buffers, put together by DTensor."""
+    assert program.distribution is not None
+    return {
+        name: program.distribution.dtensor(name, tensor).full_tensor()
+        for name, tensor in program.state_dict().items()
+    }
+
+
+def train(case: Case) -> dict[str, Any]:
+    """The run on this rank; what it returns is of the whole."""
+    program = distributed(case)
+    step = gt.compile_step(
+        program, _optimizer(program), compile=case.compile, clip_grad_norm=case.clip
+    )
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    metrics = [step(row[rank]) for row in batches(ranks, case.steps)]
+    return {"metrics": metrics, "state": whole_state(program)}
+
+
+def train_all(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    return [train(case) for case in cases]
+
+
+_NAMES = {
+    "c10d::_allgather_base_": "gather",
+    "c10d::_reduce_scatter_base_": "scatter",
+    "c10d::allreduce_": "reduce",
+}
+
+
+def count_collectives(case: Case) -> list[Counter[str]]:
+    """How often a forward and a backward pass call torch's process group, by the profiler."""
+    program = distributed(case)
+    step = gt.compile_step(program, _optimizer(program), compile=case.compile)
+    (row,) = batches(torch.distributed.get_world_size(), 1)
+    batch = row[torch.distributed.get_rank()]
+    step.loss_sum(batch).backward()  # compiles
+    counts = []
+    loss = torch.zeros(())
+    for half in (0, 1):
+        with torch.profiler.profile() as profile:
+            if half == 0:
+                loss = step.loss_sum(batch)
+            else:
+                loss.backward()
+        names = Counter(event.name for event in profile.events())
+        counts.append(Counter({short: names[n] for n, short in _NAMES.items() if names[n]}))
+    return counts
