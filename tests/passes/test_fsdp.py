@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import graphtune as gt
 from graphtune.collectives import sum_gradients, unshard
-from graphtune.distributed import Part, make_mesh
+from graphtune.distributed import make_mesh
 from graphtune.engine import plan_hash
 from graphtune.errors import UserError
 from graphtune.passes import FSDP, ActivationCheckpoint, LoRA, QLoRA
@@ -198,26 +198,6 @@ def test_checkpoints_are_dtensors_and_reshard(two: World, four: World, tmp_path)
     dcp.load(alone, checkpoint_id=str(tmp_path), no_dist=True)
     assert_same_tensors(alone, saved)
     assert_same_tensors(two(load_checkpoint, one, str(tmp_path))[1], saved)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_parts_are_those_of_torch_chunk(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    shape = torch.randint(1, 12, (3,), generator=generator).tolist()
-    dim, ranks = int(torch.randint(3, (), generator=generator)), 1 + seed % 5
-    whole = torch.rand(shape, generator=generator)
-    chunks = whole.chunk(ranks, dim)
-    for rank in range(ranks):
-        part = Part(dim, shape[dim], ranks, rank, "dp_shard")
-        mine = part.of(whole)
-        if rank < len(chunks):
-            assert torch.equal(mine, chunks[rank])
-        else:
-            assert mine.shape[dim] == 0
-        padded = part.padded(mine)
-        assert padded.shape[dim] * ranks >= shape[dim]
-        assert torch.equal(padded.narrow(dim, 0, mine.shape[dim]), mine)
-        assert padded.narrow(dim, mine.shape[dim], padded.shape[dim] - mine.shape[dim]).sum() == 0
 
 
 @pytest.fixture
