@@ -134,7 +134,9 @@ class _Step:
         self.again = again
         sources = list(dict.fromkeys(s for node in nodes for s in _sources(node, constants)))
         self.attributes = [source for source in sources if source.op == "get_attr"]
-        self.nodes = [n for n in sources if n in constants and n.op != "get_attr"] + nodes
+        ordered = dict.fromkeys(s for n in nodes for s in (*_sources(n, constants), n))
+        own = set(nodes) | constants
+        self.nodes = [node for node in ordered if node in own and node.op != "get_attr"]
         inside = {*self.attributes, *self.nodes}
         self.inputs = [source for source in sources if source not in inside]
         self.outputs = [node for node in nodes if node.users.keys() - inside]

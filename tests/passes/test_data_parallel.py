@@ -87,7 +87,8 @@ def fail_on_one() -> None:
         raise ValueError("this one")
 
 
-def test_bad_options() -> None:
+def test_bad_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphtune.distributed._mesh", None)
     with pytest.raises(UserError, match="reduce_dtype=int8"):
         DataParallel(reduce_dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="needs several processes"):

@@ -201,7 +201,8 @@ def test_checkpoints_are_dtensors_and_reshard(two: World, four: World, tmp_path)
 
 
 @pytest.fixture
-def rank_5_of_64() -> Iterator[None]:
+def rank_5_of_64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("graphtune.distributed._mesh", None)  # put back afterwards
     dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=64)
     yield
     dist.destroy_process_group()
