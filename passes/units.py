@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from graphtune.collectives import sum_gradients
 from graphtune.distributed import group_name, wide
 from graphtune.errors import UserError
-from graphtune.rewrite import Edit
+from graphtune.rewrite import Edit, constants_of
 from graphtune.sites import layer_of, module_of
 
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
@@ -87,6 +87,13 @@ def units(graph: fx.Graph, names: Collection[str]) -> list[Unit]:
                 unit = found.setdefault(name, Unit(name))
                 unit.reads.setdefault(source.target, []).append((node, source))
     return list(found.values())
+
+
+def sink_constants(graph: fx.Graph) -> None:
+    """Move what is computed from weights alone to its first use: so far it may all come first."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and node.users and constants_of(node) is not None:
+            min(node.users).prepend(node)  # nodes are ordered as in the graph
 
 
 def replicate(edit: Edit, names: Collection[str], mesh: DeviceMesh, axes: Iterable[str]) -> None:
