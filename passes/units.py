@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from graphtune.collectives import sum_gradients
 from graphtune.distributed import group_name, wide
 from graphtune.errors import UserError
-from graphtune.rewrite import Edit, constants_of
+from graphtune.recomputation import constants
+from graphtune.rewrite import Edit
 from graphtune.sites import layer_of, module_of
 
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
@@ -91,8 +92,9 @@ def units(graph: fx.Graph, names: Collection[str]) -> list[Unit]:
 
 def sink_constants(graph: fx.Graph) -> None:
     """Move what is computed from weights alone to its first use: so far it may all come first."""
+    fixed = constants(graph)
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and node.users and constants_of(node) is not None:
+        if node in fixed and node.op == "call_function" and node.users:
             min(node.users).prepend(node)  # nodes are ordered as in the graph
 
 
