@@ -60,12 +60,11 @@ def theirs(options: argparse.Namespace, ids: Tensor, mesh: DeviceMesh) -> Step:
     model = make_model(options)
     for part in (*model.model.layers, model):
         fully_shard(part, mesh=mesh["dp_shard"])
-        part.set_gradient_divide_factor(1.0)
         if options.compile and part is not model:
             part.compile()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-    tokens = ids[:, 1:].numel() * dist.get_world_size()
+    tokens = ids[:, 1:].numel()  # of this rank: gradients are averaged over ranks
 
     def step() -> float:
         logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
@@ -76,7 +75,7 @@ def theirs(options: argparse.Namespace, ids: Tensor, mesh: DeviceMesh) -> Step:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         dist.all_reduce(total := loss.detach())
-        return total.item()
+        return total.item() / dist.get_world_size()
 
     return step
 

@@ -237,7 +237,6 @@ def train_fully_sharded(model: str, steps: int) -> dict[str, Any]:
     mesh = make_mesh("cpu")["dp_shard"]
     for part in (*module.model.layers, module):
         fully_shard(part, mesh=mesh)
-        part.set_gradient_divide_factor(1.0)  # a sum, as ours
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, eps=1e-3)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     losses = []
@@ -246,7 +245,7 @@ def train_fully_sharded(model: str, steps: int) -> dict[str, Any]:
         logits = module(row[rank]["input_ids"], use_cache=False).logits[:, :-1]
         labels = row[rank]["labels"][:, 1:]
         loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-        (loss / tokens).backward()
+        (loss * ranks / tokens).backward()  # it takes the mean over ranks
         optimizer.step()
         optimizer.zero_grad()
         torch.distributed.all_reduce(total := loss.detach() / tokens)
