@@ -6,8 +6,8 @@ import gc
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import graphtune as gt
 from graphtune.distributed import make_mesh
 from graphtune.inspect.memory import _Live
+from graphtune.models.checkpoints import SafetensorsFiles
 from graphtune.passes import FSDP, LoRA, QLoRA
 from graphtune.passes.base import Pass
 from graphtune.program import Program
@@ -165,23 +166,29 @@ def count_collectives(case: Case) -> list[Counter[str]]:
 
 
 def load_shards(folder: str, passes: tuple[Pass, ...]) -> dict[str, Any]:
-    """Load a checkpoint after FSDP; with what was read of files, in bytes, as the kernel counts."""
+    """Load a checkpoint after FSDP; with the bytes of tensors that were read of its files."""
     mesh = make_mesh("cpu")
-    result: dict[str, Any] = {}
-    for _ in range(2):  # the first time imports are read, too
-        torch.manual_seed(1)
-        empty = gt.capture(gt.load_model(folder, device="meta", dtype="float32"))
-        empty = empty.apply(*passes, FSDP(mesh=mesh))
-        before = _bytes_read()
+    torch.manual_seed(1)
+    empty = gt.capture(gt.load_model(folder, device="meta", dtype="float32"))
+    empty = empty.apply(*passes, FSDP(mesh=mesh))
+    read = 0
+    plain = SafetensorsFiles.read
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal read
+        tensor = plain(*args, **kwargs)
+        read += tensor.untyped_storage().nbytes()  # all that a view would keep
+        return tensor
+
+    with patch.object(SafetensorsFiles, "read", counted):
         loaded = gt.load_weights(empty)
-        result["read"] = _bytes_read() - before
-    result["held"] = sum(p.numel() * p.element_size() for p in loaded.parameters())
-    return {**result, "fingerprint": loaded.info.fingerprint, "state": whole_state(loaded)}
-
-
-def _bytes_read() -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("rchar")).split()[1])
+    held = sum(p.numel() * p.element_size() for p in loaded.parameters())
+    return {
+        "read": read,
+        "held": held,
+        "fingerprint": loaded.info.fingerprint,
+        "state": whole_state(loaded),
+    }
 
 
 def save_checkpoint(case: Case, folder: str) -> dict[str, Tensor]:

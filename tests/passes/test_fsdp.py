@@ -186,13 +186,13 @@ def test_each_rank_reads_its_shards_alone(two: World, tmp_path, passes) -> None:
         assert result["fingerprint"] == expected.info.fingerprint
         quantized = any(isinstance(one, QLoRA) for one in passes)
         # NF4 has a mean of the whole weight: of it, each tensor must be seen whole, in turn.
-        assert result["read"] < (1.1 if quantized else 0.6) * size
+        assert result["read"] < (1.0 if quantized else 0.51) * size
         whole = sum(p.numel() * 4 for p in expected.parameters())
         assert result["held"] == pytest.approx(whole / 2, rel=0.01)
 
 
 def test_checkpoints_are_dtensors_and_reshard(two: World, four: World, tmp_path) -> None:
-    one = Case(model="uneven", adapt="qlora")
+    one = Case(model="uneven", adapt="lora")
     saved = four(save_checkpoint, one, str(tmp_path))[0]
     alone = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
     dcp.load(alone, checkpoint_id=str(tmp_path), no_dist=True)
