@@ -28,7 +28,7 @@ from graphtune.losses import (
 from graphtune.program import Program
 from graphtune.recomputation import as_tagged, by_region
 from graphtune.torch_private import salted_cache
-from graphtune.training.optimizers import OptimizerInBackward
+from graphtune.training.optimizers import MuonWithAdamW, OptimizerInBackward
 from graphtune.transient import recompute_in_backward
 
 
@@ -238,7 +238,7 @@ def compile_step(
 
     Raises:
         UserError: nothing in the program trains; or the optimizer steps in the backward pass, and
-            its gradients are to be clipped.
+            its gradients are to be clipped; or it needs whole matrices, and a rank has parts.
     """
     if not any(True for _ in program.trainable_parameters()):
         raise UserError("compile_step: the program has no trainable parameter; apply a pass first")
@@ -252,5 +252,10 @@ def compile_step(
         raise UserError(
             f"`clip_grad_norm={clip_grad_norm}` needs all gradients before the first update, and "
             "an optimizer in backward has updated by then; set `clip_grad_norm=null`"
+        )
+    divided = program.distribution is not None and program.distribution.parts
+    if divided and isinstance(optimizer, MuonWithAdamW | torch.optim.Muon):
+        raise UserError(
+            "`optimizer`: Muon needs whole matrices, and FSDP gives a rank rows; take AdamW"
         )
     return TrainStep(program, optimizer, compile=compile, clip_grad_norm=clip_grad_norm, loss=loss)

@@ -134,7 +134,9 @@ class _Step:
         self.again = again
         sources = list(dict.fromkeys(s for node in nodes for s in _sources(node, constants)))
         self.attributes = [source for source in sources if source.op == "get_attr"]
-        self.nodes = [n for n in sources if n in constants and n.op != "get_attr"] + nodes
+        ordered = dict.fromkeys(s for n in nodes for s in (*_sources(n, constants), n))
+        own = set(nodes) | constants
+        self.nodes = [node for node in ordered if node in own and node.op != "get_attr"]
         inside = {*self.attributes, *self.nodes}
         self.inputs = [source for source in sources if source not in inside]
         self.outputs = [node for node in nodes if node.users.keys() - inside]
@@ -167,7 +169,7 @@ def _sources(node: fx.Node, constants: set[fx.Node]) -> Iterator[fx.Node]:
         yield source
 
 
-def _constants(graph: fx.Graph) -> set[fx.Node]:
+def constants(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that do not depend on the input, such as stored and dequantized weights."""
     found = set(graph.find_nodes(op="get_attr"))
     for node in graph.nodes:
@@ -195,8 +197,8 @@ class _Runner(nn.Module):
 
     def _steps(self, graph: fx.Graph) -> list[_Step]:
         """Regions are runs of nodes; what lies between two nodes of one is part of it."""
-        constants, budget = _constants(graph), _budget(graph)
-        calls = [n for n in graph.nodes if n.op == "call_function" and n not in constants]
+        fixed, budget = constants(graph), _budget(graph)
+        calls = [n for n in graph.nodes if n.op == "call_function" and n not in fixed]
         ends = {_region(node): index for index, node in enumerate(calls)}
         runs: list[list[fx.Node]] = []
         current: int | None = None
@@ -210,8 +212,7 @@ class _Runner(nn.Module):
             runs[-1].append(node)
         again = {RECOMPUTE, FREE} if budget is not None and budget < 1 else {RECOMPUTE}
         return [
-            _Step(run, any(n.meta.get("recompute") in again for n in run), constants)
-            for run in runs
+            _Step(run, any(n.meta.get("recompute") in again for n in run), fixed) for run in runs
         ]
 
     def forward(self, *inputs: Tensor) -> Any:

@@ -33,6 +33,7 @@ from graphtune.passes.units import (
     describe,
     dtype_option,
     replicate,
+    sink_constants,
     sum_replicated,
     units,
 )
@@ -113,6 +114,7 @@ class FSDP(Pass):
         if not wide(mesh, ["dp_shard"]):
             raise UserError(f"`{KEY}` has one rank to shard over, dp_shard=1; take data_parallel")
         whole_dtypes = {name: tensor.dtype for name, tensor in edit.parameters.items()}
+        sink_constants(edit.graph)
         parts = self._shard(edit, mesh)
         for unit in units(edit.graph, parts):
             self._gather(edit, unit, mesh, parts, whole_dtypes)

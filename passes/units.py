@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from graphtune.collectives import sum_gradients
 from graphtune.distributed import group_name, wide
 from graphtune.errors import UserError
+from graphtune.recomputation import constants
 from graphtune.rewrite import Edit
 from graphtune.sites import layer_of, module_of
 
@@ -87,6 +88,14 @@ def units(graph: fx.Graph, names: Collection[str]) -> list[Unit]:
                 unit = found.setdefault(name, Unit(name))
                 unit.reads.setdefault(source.target, []).append((node, source))
     return list(found.values())
+
+
+def sink_constants(graph: fx.Graph) -> None:
+    """Move what is computed from weights alone to its first use: so far it may all come first."""
+    fixed = constants(graph)
+    for node in reversed(list(graph.nodes)):
+        if node in fixed and node.op == "call_function" and node.users:
+            min(node.users).prepend(node)  # nodes are ordered as in the graph
 
 
 def replicate(edit: Edit, names: Collection[str], mesh: DeviceMesh, axes: Iterable[str]) -> None:

@@ -39,17 +39,22 @@ class SafetensorsFiles:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._open = ExitStack()
         self._file_of: dict[str, Any] = {}
+        self._path_of: dict[str, Path] = {}
         for path in paths:
             file = self._open.enter_context(safe_open(path, framework="pt", backend="pread"))
             self._file_of |= dict.fromkeys(file.keys(), file)
+            self._path_of |= dict.fromkeys(file.keys(), path)
 
     def names(self) -> Collection[str]:
         return self._file_of.keys()
 
     def read(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> Tensor:
         """Of the whole tensor, or of a part of it, of which alone the file is read."""
-        file = self._file_of[name]
-        tensor = file.get_tensor(name) if part is None else part.of_file(file.get_slice(name))
+        if part is None:
+            tensor = self._file_of[name].get_tensor(name)
+        else:  # `pread` would read all of it; a map is gone before it has taken much memory
+            with safe_open(self._path_of[name], framework="pt") as file:
+                tensor = part.of_file(file.get_slice(name)).clone()
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     def close(self) -> None:

@@ -2,17 +2,24 @@
 
 import copy
 import functools
+import gc
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import graphtune as gt
 from graphtune.distributed import make_mesh
+from graphtune.inspect.memory import _Live
+from graphtune.models.checkpoints import SafetensorsFiles
 from graphtune.passes import FSDP, LoRA, QLoRA
 from graphtune.passes.base import Pass
 from graphtune.program import Program
@@ -132,8 +139,8 @@ def train_all(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 _NAMES = {
-    "c10d::_allgather_base_": "gather",
-    "c10d::_reduce_scatter_base_": "scatter",
+    "c10d::allgather_into_tensor_coalesced_": "gather",
+    "c10d::reduce_scatter_tensor_coalesced_": "scatter",
     "c10d::allreduce_": "reduce",
 }
 
@@ -156,3 +163,101 @@ def count_collectives(case: Case) -> list[Counter[str]]:
         names = Counter(event.name for event in profile.events())
         counts.append(Counter({short: names[n] for n, short in _NAMES.items() if names[n]}))
     return counts
+
+
+def load_shards(folder: str, passes: tuple[Pass, ...]) -> dict[str, Any]:
+    """Load a checkpoint after FSDP; with the bytes of tensors that were read of its files."""
+    mesh = make_mesh("cpu")
+    torch.manual_seed(1)
+    empty = gt.capture(gt.load_model(folder, device="meta", dtype="float32"))
+    empty = empty.apply(*passes, FSDP(mesh=mesh))
+    read = 0
+    plain = SafetensorsFiles.read
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal read
+        tensor = plain(*args, **kwargs)
+        read += tensor.untyped_storage().nbytes()  # all that a view would keep
+        return tensor
+
+    with patch.object(SafetensorsFiles, "read", counted):
+        loaded = gt.load_weights(empty)
+    held = sum(p.numel() * p.element_size() for p in loaded.parameters())
+    return {
+        "read": read,
+        "held": held,
+        "fingerprint": loaded.info.fingerprint,
+        "state": whole_state(loaded),
+    }
+
+
+def save_checkpoint(case: Case, folder: str) -> dict[str, Tensor]:
+    """Save a program's DTensors by torch.distributed.checkpoint; returns the whole tensors."""
+    program = distributed(case)
+    assert program.distribution is not None
+    views = {n: program.distribution.dtensor(n, t) for n, t in program.state_dict().items()}
+    dcp.save(views, checkpoint_id=folder)
+    return whole_state(program)
+
+
+def load_checkpoint(case: Case, folder: str) -> dict[str, Tensor]:
+    """Load it into the shards of a program of this world, zero before."""
+    program = distributed(case)
+    assert program.distribution is not None
+    for tensor in program.state_dict().values():
+        tensor.zero_()
+    views = {n: program.distribution.dtensor(n, t) for n, t in program.state_dict().items()}
+    dcp.load(views, checkpoint_id=folder)  # into the memory of the shards
+    return whole_state(program)
+
+
+def gradients_of(case: Case) -> dict[str, Tensor]:
+    """Gradients of the loss summed over all ranks' tokens of the first step, whole."""
+    program = distributed(case)
+    step = gt.compile_step(program, _optimizer(program), compile=case.compile)
+    (row,) = batches(torch.distributed.get_world_size(), 1)
+    step.loss_sum(row[torch.distributed.get_rank()]).backward()
+    assert program.distribution is not None
+    return {
+        name: program.distribution.dtensor(name, p.grad).full_tensor()
+        for name, p in program.named_parameters()
+        if p.grad is not None
+    }
+
+
+def alive_after_forward(case: Case) -> int:
+    """Bytes that an uncompiled forward pass leaves for the backward pass."""
+    program = distributed(case)
+    step = gt.compile_step(program, _optimizer(program), compile=False)
+    (row,) = batches(torch.distributed.get_world_size(), 1)
+    with _Live() as live:
+        loss = step.loss_sum(row[torch.distributed.get_rank()])
+        gc.collect()
+        alive = live.now
+    loss.backward()
+    return alive
+
+
+def train_fully_sharded(model: str, steps: int) -> dict[str, Any]:
+    """transformers' model under torch's `fully_shard`, on the same batches."""
+    module = tiny_model(model)
+    mesh = make_mesh("cpu")["dp_shard"]
+    for part in (*module.model.layers, module):
+        fully_shard(part, mesh=mesh)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, eps=1e-3)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    losses = []
+    for row in batches(ranks, steps):
+        tokens = sum(int((one["labels"][:, 1:] != -100).sum()) for one in row)
+        logits = module(row[rank]["input_ids"], use_cache=False).logits[:, :-1]
+        labels = row[rank]["labels"][:, 1:]
+        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        (loss * ranks / tokens).backward()  # it takes the mean over ranks
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.distributed.all_reduce(total := loss.detach() / tokens)
+        losses.append(float(total))
+    return {
+        "losses": losses,
+        "state": {n: p.detach().full_tensor() for n, p in module.named_parameters()},
+    }

@@ -10,7 +10,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def _serve(rank: int, size: int, file: str, pipe: Any, environment: dict[str, st
 
 
 class World:
-    """`size` processes; a call runs a function on all of them.
+    """`size` processes, from the first call on; a call runs a function on all of them.
 
     The function is one that a module has by name; it, what it takes and what it returns is pickled.
     """
@@ -58,14 +57,16 @@ class World:
         """
         self.size = size
         self.timeout = timeout
+        self._pipes: list[Any] = []
+        self._processes: list[Any] = []
+
+    def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         file = str(Path(self._folder.name, "rendezvous"))
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-        self._pipes = []
-        self._processes = []
-        for rank in range(size):
+        for rank in range(self.size):
             ours, theirs = _context.Pipe()
-            args = (rank, size, file, theirs, environment)
+            args = (rank, self.size, file, theirs, environment)
             process = _context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
@@ -78,8 +79,10 @@ class World:
 
         Raises:
             RankFailed: with the trace of the first rank that raised, or naming those that died or
-                are silent; the world is stopped then.
+                are silent; the next call starts other processes.
         """
+        if not self._processes:
+            self._start()
         for pipe in self._pipes:
             pipe.send((function, args))
         return self._collect()
@@ -113,5 +116,6 @@ class World:
             process.kill()
         for process in self._processes:
             process.join()
-        with suppress(OSError):
+        if self._processes:
             self._folder.cleanup()
+        self._processes, self._pipes = [], []
