@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from graphtune.compilation import WAYS, Compile, Compiled
 from graphtune.errors import UserError
 from graphtune.losses import cross_entropy, labelled_tokens
 from graphtune.program import Program
@@ -49,10 +50,18 @@ def save_batches(batches: Sequence[Batch], path: Path) -> None:
     )
 
 
+def _loss_sum(program: Program, batch: Batch, loss: Loss) -> Tensor:
+    logits = program(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
+    return loss(logits, batch["labels"], batch.get("weights"))
+
+
 class TrainStep:
     """One optimizer step on one batch, or on several micro-batches that count as one.
 
     Made by `compile_step`. `loss_sum` is the part that is compiled: program and loss.
+
+    Attributes:
+        compilations: how many graphs were compiled so far, see `graphtune.compilation`.
     """
 
     def __init__(
@@ -60,7 +69,7 @@ class TrainStep:
         program: Program,
         optimizer: torch.optim.Optimizer,
         *,
-        compile: bool = True,
+        compile: Compile = True,
         clip_grad_norm: float | None = None,
         loss: Loss = cross_entropy,
     ) -> None:
@@ -72,18 +81,18 @@ class TrainStep:
         self._updates_in_backward = isinstance(optimizer, OptimizerInBackward)
         self._tag = plan_hash(program)
         self._uncompiled = by_region(program)
-        self._compiled = torch.compile(self._eager_loss_sum, fullgraph=True) if compile else None
+        self._compiled = Compiled(program, loss, _loss_sum, compile) if compile else None
 
     def _eager_loss_sum(self, batch: Batch) -> Tensor:
-        return self._loss_sum_of(self.program, batch)
+        return _loss_sum(self.program, batch, self.loss)
 
-    def _loss_sum_of(self, program: Program, batch: Batch) -> Tensor:
-        logits = program(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
-        return self.loss(logits, batch["labels"], batch.get("weights"))
+    @property
+    def compilations(self) -> int:
+        return 0 if self._compiled is None else self._compiled.graphs
 
     def _plain_loss_sum(self, batch: Batch) -> Tensor:
         with recompute_in_backward():  # what the compiler does by the graph's tags
-            return self._loss_sum_of(self._uncompiled, batch)
+            return _loss_sum(self._uncompiled, batch, self.loss)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Loss summed over the batch's labelled tokens, differentiable."""
@@ -196,7 +205,7 @@ def compile_step(
     program: Program,
     optimizer: torch.optim.Optimizer,
     *,
-    compile: bool = True,
+    compile: Compile = True,
     clip_grad_norm: float | None = None,
     loss: Loss = cross_entropy,
 ) -> TrainStep:
@@ -205,7 +214,8 @@ def compile_step(
     Args:
         program: with at least one trainable parameter.
         optimizer: over `program.trainable_parameters()`.
-        compile: False runs the same graph operator by operator, for debugging.
+        compile: `whole` or `layers` (each distinct layer once, which starts sooner), or True or
+            `auto`, which choose; False runs the same graph operator by operator, for debugging.
         clip_grad_norm: largest 2-norm of the gradient; None does not clip.
         loss: of logits (batch, seq, vocab), labels (batch, seq) and their weights or None, summed
             over all labelled tokens; `functools.partial(cross_entropy, z_loss=1e-4)` adds to it.
@@ -214,11 +224,14 @@ def compile_step(
         `step(batch) -> {"loss", "tokens", "grad_norm"}`; see `TrainStep`.
 
     Raises:
-        UserError: nothing in the program trains; or the optimizer steps in the backward pass, and
-            its gradients are to be clipped.
+        UserError: nothing in the program trains; `compile` is none of these, or `layers` of a
+            model without; or the optimizer steps in the backward pass, and its gradients are to
+            be clipped.
     """
     if not any(True for _ in program.trainable_parameters()):
         raise UserError("compile_step: the program has no trainable parameter; apply a pass first")
+    if compile not in WAYS:
+        raise UserError(f"`compile={compile}` must be auto, whole, layers, true or false")
     if clip_grad_norm is not None and isinstance(optimizer, OptimizerInBackward):
         raise UserError(
             f"`clip_grad_norm={clip_grad_norm}` needs all gradients before the first update, and "
