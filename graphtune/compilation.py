@@ -36,6 +36,7 @@ class Compiled:
 
     Attributes:
         how: `whole` or `layers`.
+        outline: the program's, with compiled layers; None if it is compiled whole.
         graphs: how many graphs were compiled (or found in a cache on disk) so far. It grows at
             the first call, with the first batch of one row, when gradients or the training mode
             are switched off, and for no other sizes of a batch.
@@ -66,6 +67,7 @@ class Compiled:
             found = None
         self.graphs = 0
         self.how = "whole" if found is None else "layers"
+        self.outline = found
         if found is None:
             self._call = _compile(lambda batch: loss_sum(program, batch, loss))
         else:
@@ -99,33 +101,33 @@ def _by_layer(program: Program, found: Outline, loss: Loss) -> tuple[Program, Lo
             outer._modules[name] = _Region(region)
     # A graph that takes more than ids, mask and positions takes what its loss needs.
     has_loss = len(program.graph.find_nodes(op="placeholder")) > 3
-    last = _Region(end)
+
+    def loss_of_end(*values: Any) -> Tensor:
+        *values_of_end, labels, weights = values
+        return loss(end(*values_of_end)[0], labels, weights)
+
+    last = _Region(end) if has_loss else _Region(end, loss_of_end)
 
     def run(*inputs: Tensor) -> Any:
         outer.training = program.training
         values = outer(*inputs)
         return last(*values)[0] if has_loss else values
 
-    def loss_of_end(values: Any, labels: Tensor, weights: Tensor | None) -> Tensor:
-        return loss(end(*values)[0], labels, weights)
-
-    compiled = _compile(loss_of_end)
-
-    def finish(values: Any, labels: Tensor, weights: Tensor | None) -> Tensor:
-        last.vary(values)
-        return compiled(values, labels, weights)
-
     layered = copy.copy(program)
     object.__setattr__(layered, "graph_module", run)
-    return layered, finish
+    return layered, lambda values, labels, weights: last(*values, labels, weights)
 
 
 class _Region(nn.Module):
-    """A region, compiled for inputs whose sizes vary where they are symbols."""
+    """A region, compiled for inputs whose sizes vary where they are symbols.
 
-    def __init__(self, region: fx.GraphModule) -> None:
+    Args:
+        function: what is compiled instead, of the region's inputs and others.
+    """
+
+    def __init__(self, region: fx.GraphModule, function: Callable[..., Any] | None = None) -> None:
         super().__init__()
-        self.compiled = _compile(region)
+        self.compiled = _compile(function or region)
         values = [node.meta.get("val") for node in region.graph.find_nodes(op="placeholder")]
         self.symbolic = [
             (position, dims)
@@ -133,13 +135,9 @@ class _Region(nn.Module):
             if isinstance(value, Tensor) and (dims := _symbolic_dims(value))
         ]
 
-    def vary(self, inputs: Any) -> None:
-        """Have the compiler take sizes for variables from the first call on."""
+    def forward(self, *inputs: Any) -> Any:
         for position, dims in self.symbolic:
             vary(inputs[position], dims)
-
-    def forward(self, *inputs: Any) -> Any:
-        self.vary(inputs)
         return self.compiled(*inputs)
 
 
