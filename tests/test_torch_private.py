@@ -59,3 +59,17 @@ def test_the_partitioner_has_a_budget():
     with torch_private.memory_budget(0.25):
         assert config.activation_memory_budget == 0.25
     assert config.activation_memory_budget == before == 1
+
+
+def test_sizes_that_vary_are_compiled_once_and_graphs_are_counted():
+    torch._dynamo.reset()
+    function = torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)
+    before = torch_private.compiled_graphs()
+    for rows in (2, 5, 7):
+        x = torch.zeros(rows, 3)
+        torch_private.vary(x, (0,))
+        function(x)
+    assert torch_private.compiled_graphs() == before + 1
+    torch_private.vary(one := torch.zeros(1, 3), (0,))  # allowed, though a constant
+    function(one)
+    assert torch_private.compiled_graphs() == before + 2
