@@ -65,7 +65,9 @@ class Compiled:
             raise UserError("`compile=layers`: the model has no numbered layers; take `whole`")
         if how in ("auto", True) and found and len(found.calls) - len(found.regions) + 1 < _SPARED:
             found = None
+        inputs = program.graph.find_nodes(op="placeholder")
         self.graphs = 0
+        self.varying = {str(node.target): _symbolic_dims(node.meta["val"]) for node in inputs}
         self.how = "whole" if found is None else "layers"
         self.outline = found
         if found is None:
@@ -76,7 +78,9 @@ class Compiled:
 
     def __call__(self, batch: Batch) -> Tensor:
         for name, tensor in batch.items():
-            vary(tensor, (0, 2, 3) if name == "attention_mask" and tensor.dim() == 4 else (0, 1))
+            # Labels and weights are (batch, seq), and so is a mask that is not yet one of pairs.
+            is_mask = name == "attention_mask" and tensor.dim() == 2
+            vary(tensor, (0, 1) if is_mask else self.varying.get(name, (0, 1)))
         before = compiled_graphs()
         value = self._call(batch)
         self.graphs += compiled_graphs() - before
