@@ -129,7 +129,20 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Attention makes a float mask (batch, 1, seq, seq) of the boolean one: the whole shares one, layers
+# that do not compute it again keep one each.
+_a_mask_each = pytest.mark.xfail(strict=True, reason="each layer keeps a float mask of its own")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "full",
+        "qlora",
+        pytest.param("selective", marks=_a_mask_each),
+        pytest.param("qlora, nothing again", marks=_a_mask_each),
+    ],
+)
 def test_layers_save_what_the_whole_saves(method, not_lowered):
     program, data = llama(4).apply(*METHODS[method]), batch(2, 16)
     own = (*program.parameters(), *program.buffers(), *data.values())
