@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from graphtune.compilation import WAYS, Compile, Compiled
 from graphtune.errors import UserError
 from graphtune.losses import (
-    ROW_INPUTS,
     Batch,
     Loss,
     cross_entropy,
@@ -57,6 +57,9 @@ class TrainStep:
     """One optimizer step on one batch, or on several micro-batches that count as one.
 
     Made by `compile_step`. `loss_sum` is the part that is compiled: program and loss.
+
+    Attributes:
+        compilations: how many graphs were compiled so far, see `graphtune.compilation`.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class TrainStep:
         program: Program,
         optimizer: torch.optim.Optimizer,
         *,
-        compile: bool = True,
+        compile: Compile = True,
         clip_grad_norm: float | None = None,
         loss: Loss = cross_entropy,
     ) -> None:
@@ -77,10 +80,11 @@ class TrainStep:
         self._tag = plan_hash(program)
         self._drops = any(n.target == "training" for n in program.graph.find_nodes(op="get_attr"))
         self._uncompiled = by_region(program)
-        self._compiled = torch.compile(self._graph_loss_sum, fullgraph=True) if compile else None
+        self._compiled = Compiled(program, loss, compile) if compile else None
 
-    def _graph_loss_sum(self, batch: Batch) -> Tensor:
-        return loss_sum(self.program, batch, self.loss)
+    @property
+    def compilations(self) -> int:
+        return 0 if self._compiled is None else self._compiled.graphs
 
     def _plain_loss_sum(self, batch: Batch) -> Tensor:
         with recompute_in_backward():  # what the compiler does by the graph's tags
@@ -91,8 +95,6 @@ class TrainStep:
         if self._compiled is None:
             return self._plain_loss_sum(batch)
         batch = with_rows(self.program, batch)
-        for name in ROW_INPUTS.keys() & batch.keys():  # how many there are differs by batch
-            torch._dynamo.mark_dynamic(batch[name], 1)
         with salted_cache(self._tag), as_tagged(self.program):
             return self._compiled(batch)
 
@@ -219,7 +221,7 @@ def compile_step(
     program: Program,
     optimizer: torch.optim.Optimizer,
     *,
-    compile: bool = True,
+    compile: Compile = True,
     clip_grad_norm: float | None = None,
     loss: Loss = cross_entropy,
 ) -> TrainStep:
@@ -228,7 +230,8 @@ def compile_step(
     Args:
         program: with at least one trainable parameter.
         optimizer: over `program.trainable_parameters()`.
-        compile: False runs the same graph operator by operator, for debugging.
+        compile: `whole` or `layers` (each distinct layer once, which starts sooner), or True or
+            `auto`, which choose; False runs the same graph operator by operator, for debugging.
         clip_grad_norm: largest 2-norm of the gradient; None does not clip.
         loss: of logits (batch, seq, vocab), labels (batch, seq) and their weights or None, summed
             over all labelled tokens; `functools.partial(cross_entropy, z_loss=1e-4)` adds to it.
@@ -237,11 +240,14 @@ def compile_step(
         `step(batch) -> {"loss", "tokens", "grad_norm"}`; see `TrainStep`.
 
     Raises:
-        UserError: nothing in the program trains; or the optimizer steps in the backward pass, and
-            its gradients are to be clipped; or it needs whole matrices, and a rank has parts.
+        UserError: nothing in the program trains; `compile` is none of these, or `layers` of a
+            model without; or the optimizer steps in the backward pass, and its gradients are to
+            be clipped; or it needs whole matrices, and a rank has parts.
     """
     if not any(True for _ in program.trainable_parameters()):
         raise UserError("compile_step: the program has no trainable parameter; apply a pass first")
+    if compile not in WAYS:
+        raise UserError(f"`compile={compile}` must be auto, whole, layers, true or false")
     passes = {row.name for row in program.ledger}
     if "context_parallel" in passes and not passes & {"fsdp", "data_parallel"}:
         raise UserError(

@@ -95,9 +95,9 @@ def module_of(node: fx.Node) -> tuple[str, str]:
     return list(stack.values())[-1] if stack else ("", "")
 
 
-def layer_of(module: str) -> str | None:
-    """The name of the numbered layer that a module belongs to: `model.layers.3`."""
-    parts = module.split(".")
+def layer_of(node: fx.Node) -> str | None:
+    """Name of the numbered layer that a node belongs to, `model.layers.3`, or None."""
+    parts = module_of(node)[0].split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     return None if number is None else ".".join(parts[: number + 1])
 

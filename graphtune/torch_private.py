@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._C._distributed_c10d import _resolve_process_group
+from torch._dynamo.decorators import maybe_mark_dynamic
+from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled as _wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -111,6 +113,21 @@ def salted_cache(salt: str) -> AbstractContextManager:
     `torch.compiler.config.cache_key_tag`, is public; changing it for a while is not.
     """
     return torch.compiler.config.patch(cache_key_tag=salt)  # type: ignore[attr-defined]
+
+
+def vary(tensor: Tensor, dims: Sequence[int]) -> None:
+    """Tell `torch.compile` that these sizes of a tensor vary, so that one graph serves them all.
+
+    Its public `dynamic=True` makes symbols of widths too, and `mark_dynamic` refuses a size of 1.
+    """
+    marked: Any = tensor
+    if not hasattr(marked, "_dynamo_weak_dynamic_indices"):  # the call is not free
+        maybe_mark_dynamic(tensor, dims)
+
+
+def compiled_graphs() -> int:
+    """How many graphs `torch.compile` has made in this process; the only counter that there is."""
+    return int(counters["stats"]["unique_graphs"])
 
 
 def memory_budget(budget: float) -> AbstractContextManager:

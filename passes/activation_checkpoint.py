@@ -20,7 +20,7 @@ from graphtune.passes.base import Numerics, Pass, Stage
 from graphtune.recomputation import FREE, OFFLOAD, RECOMPUTE, SAVE, tag
 from graphtune.rewrite import Edit
 from graphtune.rules import Named, match
-from graphtune.sites import Site, layer_of, module_of
+from graphtune.sites import Site, layer_of
 
 aten = torch.ops.aten
 MODES = ("none", "full", "selective", "budget", "offload")
@@ -113,7 +113,7 @@ class ActivationCheckpoint(Pass):
         """The calls of each layer that is meant, by the layer's name."""
         layers: dict[str, list[fx.Node]] = {}
         for node in graph.nodes:
-            layer = layer_of(module_of(node)[0])
+            layer = layer_of(node)
             if layer and node.op == "call_function" and _has_tensors(node.meta["val"]):
                 layers.setdefault(layer, []).append(node)
         if not layers:

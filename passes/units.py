@@ -21,7 +21,7 @@ from graphtune.distributed import group_name, wide
 from graphtune.errors import UserError
 from graphtune.recomputation import constants
 from graphtune.rewrite import Edit
-from graphtune.sites import layer_of, module_of
+from graphtune.sites import layer_of
 
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,7 +80,7 @@ def units(graph: fx.Graph, names: Collection[str]) -> list[Unit]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        layer = layer_of(module_of(node)[0])
+        layer = layer_of(node)
         last = layer or last
         name = layer or (f"after {last}" if last else "first")
         for source in node.all_input_nodes:

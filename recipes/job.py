@@ -249,7 +249,7 @@ def choose_batch_size(job: Job, program: Program) -> int:
         program,
         shape(job.batch_size),
         job.device,
-        compiled=cfg.compile,
+        compiled=bool(cfg.compile),
         in_backward=cfg.optimizer_in_backward,
         extra=extra,
         optimizer=optimizer,

@@ -73,7 +73,7 @@ def test_compiled_losses_are_eager_ones():
 
 def test_the_gate_catches_a_wrong_compiler(monkeypatch):
     step = make_step(tuned(), compile=False)
-    right = step._eager_loss_sum
+    right = step._plain_loss_sum
     monkeypatch.setattr(step, "loss_sum", lambda data: right(data) * 1.01)
     with pytest.raises(RuntimeError, match="compile=false"):
         step.check(batch(2, 8, 0))

@@ -68,3 +68,17 @@ def test_programs_are_compiled_ahead_of_time(tmp_path):
     program = torch.export.export(_UnderNoGrad(), (x,), strict=False)
     torch_private.compile_package(program, tmp_path / "model.pt2")
     torch.testing.assert_close(torch_private.load_package(tmp_path / "model.pt2")(x), x * x.cos())
+
+
+def test_sizes_that_vary_are_compiled_once_and_graphs_are_counted():
+    torch._dynamo.reset()
+    function = torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)
+    before = torch_private.compiled_graphs()
+    for rows in (2, 5, 7):
+        x = torch.zeros(rows, 3)
+        torch_private.vary(x, (0,))
+        function(x)
+    assert torch_private.compiled_graphs() == before + 1
+    torch_private.vary(one := torch.zeros(1, 3), (0,))  # allowed, though a constant
+    function(one)
+    assert torch_private.compiled_graphs() == before + 2

@@ -179,7 +179,11 @@ class SFTConfig:
     clip_grad_norm: float | None = option("largest norm of all gradients together", 1.0, at_least=0)
     label_smoothing: float = option("part of each target spread over the vocabulary", 0, at_least=0)
     z_loss: float = option("times the squared log of the softmax's denominator", 0, at_least=0)
-    compile: bool = option("compile the step with torch.compile", True)
+    compile: bool | Literal["auto", "whole", "layers"] = option(
+        "compile the step with torch.compile: whole, or each distinct layer once, which starts "
+        "sooner; auto or true chooses, false compiles nothing",
+        "auto",
+    )
     deterministic: bool = option("only algorithms that give the same bits each time", False)
 
     validate_every: int | None = option(

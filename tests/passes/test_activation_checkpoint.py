@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
 import graphtune as gt
+from graphtune.losses import loss_sum
 from graphtune.passes import ActivationCheckpoint, Full, LoRA, Quantize
 from graphtune.recomputation import as_tagged, by_region, offloaded
 from tests.oracles.models import random_ids, tiny_gpt2, tiny_model
@@ -50,7 +52,7 @@ def compiled(program, data, seed=3):
     torch._dynamo.reset()
     step = make_step(program)
     loss_sum = torch.compile(
-        step._eager_loss_sum, backend="aot_eager_decomp_partition", fullgraph=True
+        partial(loss_sum, program), backend="aot_eager_decomp_partition", fullgraph=True
     )
     own = (*program.parameters(), *program.buffers(), *data.values())
     torch.manual_seed(seed)

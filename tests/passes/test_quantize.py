@@ -1,6 +1,7 @@
 """Quantized bases: torchao's numbers, little memory, and what cannot be."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4, 
 
 import graphtune as gt
 from graphtune.inspect import ledger
-from graphtune.losses import cross_entropy
+from graphtune.losses import cross_entropy, loss_sum
 from graphtune.passes import DoRA, Full, LoRA, Merge, QLoRA, Quantize
 from graphtune.rewrite import evaluate, tensor_bytes
 from graphtune.sites import find_sites
@@ -80,7 +81,7 @@ def test_no_dequantized_weight_is_kept_for_backward(kind):
     assert kept == 0
     # Torch's own way keeps all but those of the first layer's q, k and v, whose input needs no
     # gradient: the test can fail.
-    eager, kept = kept_weights(program, step._eager_loss_sum)
+    eager, kept = kept_weights(program, partial(loss_sum, program))
     assert kept == 11
     torch.testing.assert_close(loss, eager, rtol=1e-5, atol=1e-5)
     gradients = torch.autograd.grad(loss, step.parameters)
@@ -115,9 +116,9 @@ def test_an_uncompiled_step_keeps_none_either(format):
     batch = {"input_ids": IDS, "labels": IDS}
     loss = step.loss_sum(batch)
     assert _large_saved(loss) == 1  # the output head's weight, which is a parameter
-    assert _large_saved(step._eager_loss_sum(batch)) == 5  # q, k, v, gate, up: no gradient in
+    assert _large_saved(partial(loss_sum, program)(batch)) == 5  # q, k, v, gate, up: no gradient in
     found = torch.autograd.grad(loss, step.parameters)
-    expected = torch.autograd.grad(step._eager_loss_sum(batch), step.parameters)
+    expected = torch.autograd.grad(partial(loss_sum, program)(batch), step.parameters)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 

@@ -1,0 +1,150 @@
+"""What of a training step `torch.compile` is given: the whole, or each distinct layer once.
+
+Compiled whole, layers may be fused with their neighbours, and the time that it takes grows with
+their number. Compiled layer by layer it takes as long for thirty layers as for two; the price is
+a call of a compiled function for each layer, and that nothing is fused across their borders. Both
+take batches of any size and length from the first call on, but for a batch of one row: a size of
+1 is always a constant to `torch.compile`, which makes another graph of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphtune.errors import UserError
+from graphtune.losses import Batch, Loss, loss_sum
+from graphtune.outline import END, Outline, outline
+from graphtune.program import Program
+from graphtune.torch_private import compiled_graphs, size_symbol, vary
+
+Compile: TypeAlias = bool | Literal["auto", "whole", "layers"]
+WAYS = (True, False, "auto", "whole", "layers")
+
+# Layers that need not be compiled, from which on it pays to compile layer by layer. Two graphs of
+# one layer, and norm, head and loss, take as long as a whole of about three layers.
+_SPARED = 3
+
+
+class Compiled:
+    """The loss of a batch, compiled at the first call; see `TrainStep` for batches.
+
+    Attributes:
+        how: `whole` or `layers`.
+        outline: the program's, with compiled layers; None if it is compiled whole.
+        graphs: how many graphs were compiled (or found in a cache on disk) so far. It grows at
+            the first call, with the first batch of one row, when gradients or the training mode
+            are switched off, and for no other sizes of a batch.
+    """
+
+    how: Literal["whole", "layers"]
+
+    def __init__(
+        self,
+        program: Program,
+        loss: Loss,
+        how: Compile = "auto",
+    ) -> None:
+        """
+        Args:
+            loss: of logits, labels and weights.
+            how: `whole`, `layers`, or what is quicker to start: `auto` or True.
+
+        Raises:
+            UserError: `layers`, and the graph has no numbered layers.
+        """
+        found = outline(program.graph_module) if how != "whole" else None
+        if how == "layers" and not (found and found.calls):
+            raise UserError("`compile=layers`: the model has no numbered layers; take `whole`")
+        if how in ("auto", True) and found and len(found.calls) - len(found.regions) + 1 < _SPARED:
+            found = None
+        inputs = program.graph.find_nodes(op="placeholder")
+        self.graphs = 0
+        self.varying = {str(node.target): _symbolic_dims(node.meta["val"]) for node in inputs}
+        self.how = "whole" if found is None else "layers"
+        self.outline = found
+        if found is None:
+            self._call = _compile(lambda batch: loss_sum(program, batch, loss))
+        else:
+            layered, end = _by_layer(program, found, loss)
+            self._call = lambda batch: loss_sum(layered, batch, end)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        for name, tensor in batch.items():
+            # Labels and weights are (batch, seq), and so is a mask that is not yet one of pairs.
+            is_mask = name == "attention_mask" and tensor.dim() == 2
+            vary(tensor, (0, 1) if is_mask else self.varying.get(name, (0, 1)))
+        before = compiled_graphs()
+        value = self._call(batch)
+        self.graphs += compiled_graphs() - before
+        return value
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Isolated, since all steps share the code of the functions that are compiled here, and what
+    # is compiled of one code counts towards one limit.
+    return torch.compile(  # its overloads leave the option out
+        function,
+        fullgraph=True,
+        isolate_recompiles=True,  # type: ignore[call-overload]
+    )
+
+
+def _by_layer(program: Program, found: Outline, loss: Loss) -> tuple[Program, Loss]:
+    """A program and a loss to be called one after the other, of compiled layers.
+
+    Where the loss is not in the graph, it is compiled together with the graph's end, whose logits
+    are large: the program then returns what the end takes.
+    """
+    outer, end = found.graph_module, found.regions[END]
+    for name, region in found.regions.items():
+        if name != END:
+            outer._modules[name] = _Region(region)
+    # A graph that takes more than ids, mask and positions takes what its loss needs.
+    has_loss = len(program.graph.find_nodes(op="placeholder")) > 3
+
+    def loss_of_end(*values: Any) -> Tensor:
+        *values_of_end, labels, weights = values
+        return loss(end(*values_of_end)[0], labels, weights)
+
+    last = _Region(end) if has_loss else _Region(end, loss_of_end)
+
+    def run(*inputs: Tensor) -> Any:
+        outer.training = program.training
+        values = outer(*inputs)
+        return last(*values)[0] if has_loss else values
+
+    layered = copy.copy(program)
+    object.__setattr__(layered, "graph_module", run)
+    return layered, lambda values, labels, weights: last(*values, labels, weights)
+
+
+class _Region(nn.Module):
+    """A region, compiled for inputs whose sizes vary where they are symbols.
+
+    Args:
+        function: what is compiled instead, of the region's inputs and others.
+    """
+
+    def __init__(self, region: fx.GraphModule, function: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self.compiled = _compile(function or region)
+        values = [node.meta.get("val") for node in region.graph.find_nodes(op="placeholder")]
+        self.symbolic = [
+            (position, dims)
+            for position, value in enumerate(values)
+            if isinstance(value, Tensor) and (dims := _symbolic_dims(value))
+        ]
+
+    def forward(self, *inputs: Any) -> Any:
+        for position, dims in self.symbolic:
+            vary(inputs[position], dims)
+        return self.compiled(*inputs)
+
+
+def _symbolic_dims(value: Tensor) -> tuple[int, ...]:
+    return tuple(dim for dim, size in enumerate(value.shape) if size_symbol(size) is not None)
