@@ -267,7 +267,7 @@ class Edit:
         if before is None:
             return None
         claims = before.claims
-        if numerics != "lossy":
+        if numerics in ("exact", "identity_at_init"):
             claims = (*claims, (self.by, self.program.graph, self.graph))
         return dataclasses.replace(before, fills=(*before.fills, *self._fills), claims=claims)
 

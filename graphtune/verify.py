@@ -36,7 +36,7 @@ def verify(before: Program, after: Program) -> None:
     logits, leaves = _run_on_meta(after, row.name)
     _check_gradients(after, logits, leaves, row.name)
     if row.numerics != "lossy" and after.deferred is None:
-        _check_same_logits(before, after, row.name)
+        _check_same_logits(before, after, row.name, rounded=row.numerics == "rounded")
 
 
 def verify_claims(claims: Iterable[tuple[str, fx.Graph, fx.Graph]], loaded: Program) -> None:
@@ -55,7 +55,7 @@ def verify_claims(claims: Iterable[tuple[str, fx.Graph, fx.Graph]], loaded: Prog
         read = {n.target for graph in graphs for n in graph.find_nodes(op="get_attr")}
         if read - {"training"} <= parameters.keys() | buffers.keys():
             before, after = (Program(g, parameters, buffers, loaded.info) for g in graphs)
-            _check_same_logits(before, after, name)
+            _check_same_logits(before, after, name, rounded=False)
 
 
 def _check_graph(program: Program, by: str) -> None:
@@ -133,11 +133,15 @@ def _check_gradients(
 
 
 @torch.no_grad()
-def _check_same_logits(before: Program, after: Program, by: str) -> None:
+def _check_same_logits(before: Program, after: Program, by: str, *, rounded: bool) -> None:
     ids = probe_ids(after)
     expected, found = (_eval_logits(program, ids) for program in (before, after))
-    if not torch.equal(expected, found):
-        difference = (expected - found).abs().max().item()
+    if torch.equal(expected, found):
+        return
+    difference = (expected - found).abs().max().item()
+    # Half of the digits: sums in another order lose some, and layers pass on what is lost.
+    room = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max().item()
+    if not (rounded and difference <= room):
         raise VerificationError(
             f"{by}: claims the same logits as before, yet they differ by {difference:.3g}"
         )

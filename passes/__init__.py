@@ -3,11 +3,15 @@
 from graphtune.passes.activation_checkpoint import ActivationCheckpoint
 from graphtune.passes.adapters import SetAdapter
 from graphtune.passes.base import Pass, Stage
+from graphtune.passes.causal_attention import CausalAttention
 from graphtune.passes.dora import DoRA
 from graphtune.passes.full import Freeze, Full
+from graphtune.passes.fuse_adapters import FuseAdapters
+from graphtune.passes.grouped_attention import GroupedAttention
 from graphtune.passes.lora import LoRA
 from graphtune.passes.merge import Merge, Unmerge
 from graphtune.passes.neftune import NEFTune
+from graphtune.passes.optimize import optimized
 from graphtune.passes.qlora import QLoRA
 from graphtune.passes.quantize import Quantize
 
@@ -22,14 +26,20 @@ _ALL: tuple[type[Pass], ...] = (
     NEFTune,
     Merge,
     ActivationCheckpoint,
+    FuseAdapters,
+    GroupedAttention,
+    CausalAttention,
 )
 registry: dict[str, type[Pass]] = {one.name: one for one in _ALL}
 
 __all__ = [
     "ActivationCheckpoint",
+    "CausalAttention",
     "DoRA",
     "Freeze",
     "Full",
+    "FuseAdapters",
+    "GroupedAttention",
     "LoRA",
     "Merge",
     "NEFTune",
@@ -39,5 +49,6 @@ __all__ = [
     "SetAdapter",
     "Stage",
     "Unmerge",
+    "optimized",
     "registry",
 ]
