@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import graphtune as gt
 from graphtune.engine import TrainStep
-from graphtune.passes import CausalAttention, FuseAdapters, Full, GroupedAttention, LoRA
+from graphtune.passes import CausalAttention, Full, FuseAdapters, GroupedAttention, LoRA
 
 VOCAB = 512
 # Which passes, and whether the batch has a mask.

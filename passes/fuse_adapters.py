@@ -65,9 +65,9 @@ def _pairs(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
     found = []
     for up in graph.find_nodes(op="call_function", target=aten.linear.default):
         down = up.args[0]
-        if _reads(up, ".lora_B.") and down.target is aten.linear.default:
-            if _reads(down, ".lora_A.") and list(down.users) == [up]:
-                found.append((down, up))
+        linears = _reads(up, ".lora_B.") and down.target is aten.linear.default
+        if linears and _reads(down, ".lora_A.") and list(down.users) == [up]:
+            found.append((down, up))
     return found
 
 
