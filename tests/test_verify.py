@@ -116,8 +116,14 @@ class _Rounds(_Wrong):
         return [site]
 
 
-class _RoundsFarTooMuch(_ChangesLogits):
+class _RoundsFarTooMuch(_Wrong):
     numerics: ClassVar[str] = "rounded"
+
+    def rewrite(self, edit):
+        head = edit.sites("linear")[-1]
+        with edit.after(head.node):
+            edit.replace_uses(head.node, edit.call(aten.mul.Tensor, head.node, 1.001))
+        return [head]
 
 
 def test_rounding_is_allowed_to_those_who_say_so_and_nothing_more():
