@@ -64,6 +64,9 @@ class Compiled:
             found = None
         inputs = program.graph.find_nodes(op="placeholder")
         self.graphs = 0
+        self._unmasked: Compiled | None = None
+        self._make_unmasked = lambda: Compiled(program.without_mask(), loss, how)
+        self._has_unmasked = program.unmasked is not None
         self.varying = {str(node.target): _symbolic_dims(node.meta["val"]) for node in inputs}
         self.how = "whole" if found is None else "layers"
         self.outline = found
@@ -74,6 +77,12 @@ class Compiled:
             self._call = lambda batch: loss_sum(layered, batch, end)
 
     def __call__(self, batch: Batch) -> Tensor:
+        if self._has_unmasked and batch.get("attention_mask") is None:
+            self._unmasked = self._unmasked or self._make_unmasked()
+            before = self._unmasked.graphs
+            value = self._unmasked(batch)
+            self.graphs += self._unmasked.graphs - before
+            return value
         for name, tensor in batch.items():
             # Labels and weights are (batch, seq), and so is a mask that is not yet one of pairs.
             is_mask = name == "attention_mask" and tensor.dim() == 2

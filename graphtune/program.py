@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,11 +105,14 @@ class Program(nn.Module):
         ledger: one row for each pass that was applied, in order.
         info: where the weights came from.
         deferred: what `load_weights` must do; None where the weights are there.
+        unmasked: the graph for calls without a mask, with the same inputs, or None where
+            `graph_module` is that of all calls; see `graphtune.passes.CausalAttention`.
         unmerged: what this program was before a merge that was asked to keep it, or None.
         distribution: how it is spread over several processes, or None.
     """
 
     graph_module: fx.GraphModule
+    unmasked: fx.GraphModule | None
     unmerged: Program | None
 
     def __init__(
@@ -137,22 +141,39 @@ class Program(nn.Module):
         for name, (buffer, persistent) in buffers.items():
             owner, leaf = self._owner(name)
             owner.register_buffer(leaf, buffer, persistent=persistent)
+        # Not registered as a child, or each name would exist a second time.
+        object.__setattr__(self, "graph_module", self._runnable(graph))
+        object.__setattr__(self, "unmasked", None)
+        object.__setattr__(self, "unmerged", None)
+        self.info = info
+        self.ledger = tuple(ledger)
+        self.deferred = deferred
+        self.distribution: Distribution | None = None
+        inputs = self.inputs
+        self.takes_mask = "attention_mask" in inputs
+        self._added = tuple(name for name in inputs if name not in INPUTS)
+
+    def _runnable(self, graph: fx.Graph) -> fx.GraphModule:
         graph_module = fx.GraphModule(self, graph, class_name="Program")
         # One set of tensors under two modules: the program's names carry no prefix, and what
         # happens to one (`.to`, loading) happens to the other.
         graph_module._parameters = self._parameters
         graph_module._buffers = self._buffers
         graph_module._modules = self._modules
-        # Not registered as a child, or each name would exist a second time.
-        object.__setattr__(self, "graph_module", graph_module)
-        object.__setattr__(self, "unmerged", None)
-        self.info = info
-        self.ledger = tuple(ledger)
-        self.deferred = deferred
-        inputs = self.inputs
-        self.takes_mask = "attention_mask" in inputs
-        self._added = tuple(name for name in inputs if name not in INPUTS)
-        self.distribution: Distribution | None = None
+        graph_module.training = self.training
+        return graph_module
+
+    def add_unmasked(self, graph: fx.Graph) -> None:
+        """Run another graph, over the same tensors, when no mask is given."""
+        object.__setattr__(self, "unmasked", self._runnable(graph))
+
+    def without_mask(self) -> Program:
+        """The program for calls without a mask, over the same tensors, by itself."""
+        other = copy.copy(self)
+        if self.unmasked is not None:
+            object.__setattr__(other, "graph_module", self.unmasked)
+            object.__setattr__(other, "unmasked", None)
+        return other
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         *path, leaf = name.split(".")
@@ -223,15 +244,20 @@ class Program(nn.Module):
             return self.graph_module(input_ids, position_ids.expand(input_ids.shape[0], -1))
         if position_ids is None:
             position_ids = default_position_ids(input_ids, attention_mask)
+        graph_module = self.graph_module
+        if attention_mask is None and self.unmasked is not None:
+            graph_module = self.unmasked
         if attention_mask is None or attention_mask.dim() == 2:
             attention_mask = causal_mask(input_ids, attention_mask)
         more = [added[name] for name in self._added]
-        return self.graph_module(input_ids, attention_mask, position_ids, *more)
+        return graph_module(input_ids, attention_mask, position_ids, *more)
 
     def train(self, mode: bool = True) -> Program:
         """Switch dropout on (or off): the graph reads this flag where it drops."""
         super().train(mode)
         self.graph_module.training = mode
+        if self.unmasked is not None:
+            self.unmasked.training = mode
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Program:

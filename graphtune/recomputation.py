@@ -50,6 +50,16 @@ def tag(node: fx.Node, policy: CheckpointPolicy, region: int, budget: float | No
         node.meta["custom"] = {**node.meta.get("custom", {}), "memory_budget": budget}
 
 
+def carry_tags(node: fx.Node, replaced: fx.Node) -> fx.Node:
+    """Let a node that a pass puts in the place of another be treated as that one was."""
+    for key in ("recompute", "ac_graph_id"):
+        if key in replaced.meta:
+            node.meta[key] = replaced.meta[key]
+    if (budget := replaced.meta.get("custom", {}).get("memory_budget")) is not None:
+        node.meta["custom"] = {**node.meta.get("custom", {}), "memory_budget": budget}
+    return node
+
+
 def _region(node: fx.Node) -> int | None:
     number = node.meta.get("ac_graph_id", 0) - _FIRST
     return number if number >= 0 else None
@@ -115,6 +125,8 @@ def by_region(program: Program) -> Program:
         return program
     other = copy.copy(program)
     object.__setattr__(other, "graph_module", runner)
+    if program.unmasked is not None:
+        object.__setattr__(other, "unmasked", _Runner(program.unmasked))
     return other
 
 

@@ -3,16 +3,20 @@
 from graphtune.passes.activation_checkpoint import ActivationCheckpoint
 from graphtune.passes.adapters import SetAdapter
 from graphtune.passes.base import Pass, Stage
+from graphtune.passes.causal_attention import CausalAttention
 from graphtune.passes.context_parallel import ContextParallel
 from graphtune.passes.data_parallel import DataParallel
 from graphtune.passes.dora import DoRA
 from graphtune.passes.fsdp import FSDP
 from graphtune.passes.full import Freeze, Full
+from graphtune.passes.fuse_adapters import FuseAdapters
 from graphtune.passes.fused_loss import FusedLoss
+from graphtune.passes.grouped_attention import GroupedAttention
 from graphtune.passes.kv_cache import KVCache
 from graphtune.passes.lora import LoRA
 from graphtune.passes.merge import Merge, Unmerge
 from graphtune.passes.neftune import NEFTune
+from graphtune.passes.optimize import optimized
 from graphtune.passes.qlora import QLoRA
 from graphtune.passes.quantize import Quantize
 from graphtune.passes.tensor_parallel import TensorParallel
@@ -34,6 +38,9 @@ _ALL: tuple[type[Pass], ...] = (
     ContextParallel,
     DataParallel,
     FSDP,
+    FuseAdapters,
+    GroupedAttention,
+    CausalAttention,
 )
 registry: dict[str, type[Pass]] = {one.name: one for one in _ALL}
 
@@ -47,6 +54,9 @@ __all__ = [
     "Full",
     "FusedLoss",
     "KVCache",
+    "CausalAttention",
+    "FuseAdapters",
+    "GroupedAttention",
     "LoRA",
     "Merge",
     "NEFTune",
@@ -57,5 +67,6 @@ __all__ = [
     "Stage",
     "TensorParallel",
     "Unmerge",
+    "optimized",
     "registry",
 ]

@@ -17,7 +17,7 @@ from graphtune.rewrite import Edit
 from graphtune.sites import Site
 from graphtune.verify import verify
 
-Numerics: TypeAlias = Literal["exact", "identity_at_init", "rounding", "lossy"]
+Numerics: TypeAlias = Literal["exact", "identity_at_init", "rounded", "lossy"]
 
 
 class Stage(IntEnum):
@@ -51,8 +51,8 @@ class Pass:
         stage: when it runs.
         order: when it runs within its stage; lower first, then as they were named.
         numerics: what it does to the logits. `exact`: the same bits; `identity_at_init`: the
-            same bits until training changes its parameters; `rounding`: the same numbers, rounded
-            otherwise; `lossy`: other values. A pass that does this or that, depending on its
+            same bits until training changes its parameters; `rounded`: the same but for how sums
+            are rounded; `lossy`: other values. A pass that does this or that, depending on its
             options, makes it a property.
         conflicts: names of passes after which this one cannot be applied.
         site_options: the options that a rule may override at its sites.

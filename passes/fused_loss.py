@@ -77,7 +77,7 @@ class FusedLoss(Pass):
 
     @property
     def numerics(self) -> Numerics:
-        return "rounding"
+        return "rounded"
 
     @property
     def badge(self) -> str:

@@ -23,7 +23,7 @@ from graphtune.data import Batch, Loader
 from graphtune.engine import NotFinite, TrainStep, compile_step, save_batches
 from graphtune.generation import encode_chat, generate, stop_ids
 from graphtune.losses import cross_entropy
-from graphtune.passes import FusedLoss
+from graphtune.passes import FusedLoss, optimized
 from graphtune.program import Program
 from graphtune.recipes import save_trained
 from graphtune.recipes.job import (
@@ -143,7 +143,8 @@ class Training:
 def set_up(program: Program, job: Job, loader: Loader) -> Training:
     """Optimizer, schedule and step of a job, about to take the first step."""
     cfg = job.config
-    trained = program.apply(*job.step_passes)
+    planned = program.apply(*job.step_passes)
+    trained = optimized(planned) if cfg.compile else planned
     fused = [one for one in job.step_passes if isinstance(one, FusedLoss)]
     plain = [FusedLoss(one.chunks, backward=False) for one in fused]
     steps = job.steps(loader)
@@ -157,7 +158,7 @@ def set_up(program: Program, job: Job, loader: Loader) -> Training:
     start_training(optimizer)
     parts = {"scheduler": scheduler, "ema": ema, "loader": loader}
     state = TrainState(
-        trained, [optimizer], to_plain(cfg), {k: v for k, v in parts.items() if v is not None}
+        planned, [optimizer], to_plain(cfg), {k: v for k, v in parts.items() if v is not None}
     )
     state.counters["batch_size"] = loader.batching.batch_size  # if it was chosen, it stays
     evaluated = program.apply(*plain)

@@ -103,3 +103,31 @@ def test_a_pass_that_conflicts_with_one_already_applied_is_refused():
     with pytest.raises(gt.UserError, match="passes.wrong.*cannot follow 'lora'"):
         base.apply(LoRA(rank=2)).apply(_Alone())
     base.apply(_Alone())
+
+
+class _Rounds(_Wrong):
+    numerics: ClassVar[str] = "rounded"
+
+    def rewrite(self, edit):
+        site = edit.sites("linear")[0]
+        with edit.after(site.node):
+            third = edit.call(aten.div.Tensor, site.node, 3.0)
+            edit.replace_uses(site.node, edit.call(aten.mul.Tensor, third, 3.0))
+        return [site]
+
+
+class _RoundsFarTooMuch(_Wrong):
+    numerics: ClassVar[str] = "rounded"
+
+    def rewrite(self, edit):
+        head = edit.sites("linear")[-1]
+        with edit.after(head.node):
+            edit.replace_uses(head.node, edit.call(aten.mul.Tensor, head.node, 1.001))
+        return [head]
+
+
+def test_rounding_is_allowed_to_those_who_say_so_and_nothing_more():
+    program = gt.capture(tiny_model("llama"))
+    assert _Rounds()(program).ledger[-1].numerics == "rounded"
+    with pytest.raises(VerificationError, match="claims the same logits"):
+        _RoundsFarTooMuch()(program)

@@ -124,10 +124,12 @@ def lay_out(
     return batch
 
 
-def complete(batch: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The batch on `device`, with its `attention_mask`, which is made there."""
+def complete(
+    batch: dict[str, Any], device: torch.device | str = "cpu", *, masked: bool = True
+) -> dict[str, Any]:
+    """The batch on `device`, with its `attention_mask`, which is made there, if `masked`."""
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    if "position_ids" in batch:
+    if masked and "position_ids" in batch:
         batch["attention_mask"] = attention_mask(batch["position_ids"])
     return batch
 

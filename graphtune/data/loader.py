@@ -47,7 +47,8 @@ class Loader:
         rank, world: which of how many processes this is.
         workers: processes that collate ahead; 0 collates when a batch is asked for. A stream
             has one at most.
-        device: where batches are wanted; the attention mask is made there, not moved. None
+        device: where batches are wanted; the attention mask is made there, not moved,
+            and left out where each row holds one example: causal attention is all it needs. None
             leaves batches to be completed by the caller (see `collation.complete`).
 
     Attributes:
@@ -108,7 +109,10 @@ class Loader:
         return self._complete(batch)
 
     def _complete(self, batch: Batch) -> Batch:
-        return batch if self.device is None else complete(batch, self.device)
+        if self.device is None:
+            return batch
+        # With one document in a row, padded at its end, causal attention is enough.
+        return complete(batch, self.device, masked=not self.batching.one_per_row)
 
     def state_dict(self) -> State:
         """Where the next batch is; the same on all ranks after the same number of batches."""

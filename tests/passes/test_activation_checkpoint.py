@@ -51,13 +51,13 @@ def compiled(program, data, seed=3):
     """Gradients and saved tensors of a step that is partitioned as inductor's, but not lowered."""
     torch._dynamo.reset()
     step = make_step(program)
-    loss_sum = torch.compile(
+    run = torch.compile(
         partial(loss_sum, program), backend="aot_eager_decomp_partition", fullgraph=True
     )
     own = (*program.parameters(), *program.buffers(), *data.values())
     torch.manual_seed(seed)
     with as_tagged(program):
-        loss, saved = saved_tensors(lambda: loss_sum(data), own)
+        loss, saved = saved_tensors(lambda: run(data), own)
     return torch.autograd.grad(loss, step.parameters), saved
 
 
