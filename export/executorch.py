@@ -23,7 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from graphtune.errors import UserError
-from graphtune.export.xnnpack import XnnpackForms, coverage, partitioner, undelegated_matmuls
+from graphtune.export.xnnpack import (
+    XnnpackForms,
+    coverage,
+    integer_weights,
+    partitioner,
+    undelegated_matmuls,
+)
 
 if TYPE_CHECKING:
     from executorch.runtime import Method
@@ -135,6 +141,7 @@ def to_executorch(
 def _require_executorch() -> None:
     try:
         importlib.import_module("executorch.exir")
+        importlib.import_module("executorch.kernels.quantized")  # quantized embeddings
     except ImportError as error:
         raise UserError(
             f"exporting to ExecuTorch needs executorch ({error}): pip install graphtune[executorch]"
@@ -189,7 +196,7 @@ def _lower(
     program: nn.Module, path: Path, max_seq_len: int, metadata: Mapping[str, Any]
 ) -> tuple[int, dict[str, tuple[int, int]]]:
     """Write the file; returns the number of delegates, and the coverage by operator."""
-    from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 
     example = torch.zeros(1, max(2, max_seq_len // 2), dtype=torch.int64)
     seq = torch.export.Dim("seq", min=1, max=max_seq_len)
@@ -204,14 +211,22 @@ def _lower(
         edge = to_edge_transform_and_lower(
             exported, partitioner=[partitioner()], constant_methods=dict(metadata)
         )
+        tables, left = integer_weights(edge)
+        if left:
+            raise UserError(
+                f"to_executorch: XNNPACK runs no linear with such integer weights and inputs: "
+                f"{left[0]}; quantize by the scheme 8da4w or 8da8w, embeddings by int4 or int8"
+            )
         if missed := undelegated_matmuls(edge):
             raise UserError(
                 f"to_executorch: {len(missed)} matrix products with a weight would not run in "
                 f"XNNPACK, the first is {missed[0]}; a file with them would be slow"
             )
         covered = coverage(edge)  # before to_executorch, which adds memory to the graph
+        # It fuses quantized embeddings; without any there is nothing to do.
+        config = ExecutorchBackendConfig(do_quant_fusion_and_const_prop=bool(tables))
         with path.open("wb") as file:
-            edge.to_executorch().write_to_file(file)
+            edge.to_executorch(config).write_to_file(file)
     return covered
 
 

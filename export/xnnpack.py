@@ -113,6 +113,18 @@ def undelegated_matmuls(edge: EdgeProgramManager) -> list[str]:
     ]
 
 
+def integer_weights(edge: EdgeProgramManager) -> tuple[list[str], list[str]]:
+    """Names of the integer weights that no delegate reads: of embeddings, and of all else."""
+    embeddings: list[str] = []
+    others: list[str] = []
+    for node in edge.exported_program().graph.nodes:
+        if "dequantize_affine" in getattr(node.target, "__name__", ""):
+            users = [getattr(user.target, "__name__", "") for user in node.users]
+            kind = embeddings if all("embedding" in user for user in users) else others
+            kind.append(node.args[0].name)
+    return embeddings, others
+
+
 def coverage(edge: EdgeProgramManager) -> tuple[int, dict[str, tuple[int, int]]]:
     from executorch.devtools.backend_debug import get_delegation_info
 

@@ -22,6 +22,7 @@ from graphtune.config import to_plain, to_yaml
 from graphtune.data import Batch, Loader
 from graphtune.engine import NotFinite, TrainStep, compile_step, save_batches
 from graphtune.losses import cross_entropy
+from graphtune.passes.qat import at_step
 from graphtune.program import Program
 from graphtune.recipes import save_trained
 from graphtune.recipes.generate import encode_chat, generate, stop_ids
@@ -253,6 +254,7 @@ def take_step(training: Training, group: list[Batch], run: Run) -> dict[str, Any
     recent = counters.get("recent_losses", [])
     if spikes and len(recent) == spikes.window:
         limit = spikes.factor * sum(recent) / len(recent)
+    at_step(training.program, state.step, group)
     try:
         metrics: dict[str, Any] = training.step(group, loss_limit=limit)
     except NotFinite as error:

@@ -30,16 +30,22 @@ def export(
     Example: graphtune export runs/quickstart --to executorch
     """
     import graphtune.export as targets  # torch is slow to import, and --help should not be
-    from graphtune.passes import Merge
+    from graphtune.passes import Convert, Merge
     from graphtune.passes.adapters import adapter_names
-    from graphtune.recipes import load_run
+    from graphtune.recipes import check_begun, load_run
 
     folder = output or Path(run) / to
-    program, tokenizer = load_run(run, quantized=False)
+    # Integers go to devices; other formats hold what was trained, in full precision.
+    if to == "executorch":
+        check_begun(run)
+    program, tokenizer = load_run(run, quantized=False, aware=to == "executorch")
     if to == "peft":
         print(f"saved {targets.to_peft(program, folder)}")
         return
-    if adapter_names(program):
+    applied = {row.name for row in program.ledger}
+    if "qat" in applied and "convert" not in applied:
+        program = program.apply(Convert())
+    elif adapter_names(program) and "qat" not in applied:
         program = program.apply(Merge())
     if to == "hf":
         print(f"saved {targets.to_hf(program, folder, tokenizer=tokenizer)}")
