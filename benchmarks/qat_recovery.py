@@ -65,7 +65,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--scheme", default="8da4w")
+    parser.add_argument("--scheme", default="8da4w", choices=["8da4w", "8da8w", "int4", "int8"])
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--lr", type=float, help="2e-5, with LoRA 3e-4")

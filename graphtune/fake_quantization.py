@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 _library = torch.library.Library("graphtune", "FRAGMENT")
 
@@ -111,3 +111,9 @@ fake_quantize_tensor = _define(
 )
 """(x, observed float32 (2,)) -> the same shape and dtype: 8 bits, with one scale and zero point,
 for values from observed[0] to observed[1]; x as it is while these are equal."""
+
+
+def rounds_inputs(graph: fx.Graph) -> bool:
+    """Whether a graph fake-quantizes what its linears are given, and not weights alone."""
+    rounding = (fake_quantize_tokens, fake_quantize_tensor)
+    return any(node.target in rounding for node in graph.nodes)

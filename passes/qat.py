@@ -234,7 +234,7 @@ def _merged(edit: Edit, site: Site, weight: fx.Node, adapter: str) -> fx.Node:
     """Insert the weight that an adapter makes of a weight."""
     rules = adapter_pass(edit.program, adapter).adapted_sites(edit.graph)
     own = next(one for other, one in rules if other.name == site.name)
-    with edit.after(weight, origin=site.node, adapter=adapter):
+    with edit.after(weight, origin=site.node, adapter=adapter, parameter=site.parameter):
         a, b = (edit.read(name) for name in own.factors(site))
         merged = own.merged_node(edit, site, weight, a, b)
         merged.meta["custom"]["merges"] = adapter

@@ -201,7 +201,7 @@ def test_qat_lora(weights):
     factors = {}
     for name in program.ledger[-2].sites:
         names = [f"{name}.lora_{m}.default.weight" for m in "AB"]
-        a, b = (program.get_parameter(n).detach().clone().requires_grad_() for n in names)
+        a, b = (nn.Parameter(program.get_parameter(n).detach().clone()) for n in names)
         factors |= dict(zip(names, (a, b), strict=True))
         linear = copy.deepcopy(model.get_submodule(name)).requires_grad_(False)
         put_in(reference, name, Rounded(linear, a, b, 2.0, weights == "effective"))
