@@ -65,7 +65,6 @@ class Equalize(Pass):
         return sites
 
 
-@torch.no_grad()
 def awq(
     program: Program, batches: Iterable[Mapping[str, Tensor]], *, tokens: int = 1024
 ) -> Program:
@@ -124,6 +123,7 @@ def _sites(program: Program) -> dict[str, Site]:
     }
 
 
+@torch.no_grad()
 def _search(site: Site, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     torchao()
     from torchao.prototype.awq.core import AWQObserver
