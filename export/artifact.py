@@ -80,18 +80,19 @@ class Artifact:
         self.check_difference(what, difference, reference.abs().max().item(), tolerance)
 
     def check_difference(
-        self, what: str, difference: float, largest: float, tolerance: float
+        self, what: str, difference: float, largest: float, tolerance: float, share: float = 0.0
     ) -> None:
         """Keep the export only if it agrees with the program.
 
         Two programs that sum in another order differ too, by more the larger the logits: where
         these reach 30, eager float32 is itself about 1e-4 from float64. Therefore `tolerance`
-        holds as it is for logits up to 10, and is scaled by their size above.
+        holds as it is for logits up to 10, and is scaled by their size above. `share` of the
+        largest logit is allowed in any case.
 
         Raises:
             RuntimeError: the difference is larger, or not a number.
         """
-        limit = tolerance * max(1.0, largest / 10)
+        limit = max(tolerance * max(1.0, largest / 10), share * largest)
         if not difference < limit:  # NaN is not less
             raise RuntimeError(
                 f"{what} disagrees with the program: a logit differs by {difference:.3g}, not "

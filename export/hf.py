@@ -112,7 +112,9 @@ def _check_passes(program: nn.Module) -> None:
 
 def _check_layout(state: Mapping[str, Tensor]) -> None:
     # transformers would ignore the extra keys, and load the base model without a word.
-    if packed := next((name for name in state if re.search(r"_(nf4|int8|int4)$", name)), None):
+    if packed := next(
+        (name for name in state if re.search(r"_(nf4|int8|int4|qdata)$", name)), None
+    ):
         raise UserError(
             f"export: the program has quantized weights ({packed}), for which Hugging Face has no "
             "layout; apply Merge(dequantize=True), or merge into a base that is not quantized"

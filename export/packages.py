@@ -8,7 +8,7 @@ from graphtune.errors import UserError
 
 # target -> modules that must import, and the extra of graphtune that brings them
 _PACKAGES = {
-    "executorch": (("executorch.exir",), "executorch"),
+    "executorch": (("executorch.exir", "executorch.kernels.quantized"), "executorch"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),
     "torchao": (("torchao.quantization",), "executorch"),
 }

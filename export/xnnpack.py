@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from graphtune.program import Program
+
 if TYPE_CHECKING:
     from executorch.exir import EdgeProgramManager
 
@@ -111,6 +113,24 @@ def undelegated_matmuls(edge: EdgeProgramManager) -> list[str]:
         if getattr(node.target, "__name__", "") in _MATMULS
         and any(map(is_constant, node.all_input_nodes))
     ]
+
+
+def quantizes_inputs(program: nn.Module) -> bool:
+    """Whether a program quantizes what its linears are given, as `Convert` writes it."""
+    nodes = program.graph.nodes if isinstance(program, Program) else ()
+    return any("choose_qparams_affine" in str(node.target) for node in nodes)
+
+
+def integer_weights(edge: EdgeProgramManager) -> tuple[list[str], list[str]]:
+    """Names of the integer weights that no delegate reads: of embeddings, and of all else."""
+    embeddings: list[str] = []
+    others: list[str] = []
+    for node in edge.exported_program().graph.nodes:
+        if "dequantize_affine" in getattr(node.target, "__name__", ""):
+            users = [getattr(user.target, "__name__", "") for user in node.users]
+            kind = embeddings if all("embedding" in user for user in users) else others
+            kind.append(node.args[0].name)
+    return embeddings, others
 
 
 def coverage(edge: EdgeProgramManager) -> tuple[int, dict[str, tuple[int, int]]]:

@@ -27,6 +27,7 @@ from graphtune.errors import UserError
 from graphtune.program import Deferred, LedgerRow, ModelInfo, Program
 from graphtune.quantization import FORMATS, Format
 from graphtune.shapes import Shapes, fixed_batch
+from graphtune.torchao_operators import torchao
 
 _KEY = "graphtune"
 _VERSION = 1
@@ -218,6 +219,8 @@ def _read_target(name: str) -> Any:
     namespace, packet, overload = name.split(".")
     if namespace == "transformers":  # its operators exist once this is imported
         import transformers.integrations.moe  # noqa: F401
+    if namespace in ("torchao", "quantized_decomposed"):
+        torchao()
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
+from graphtune.fake_quantization import fake_quantize_weight
+
 aten = torch.ops.aten
 Kind = Literal["linear", "embedding", "experts", "attention"]
 
@@ -26,7 +28,8 @@ class Site:
             whose weights are parameters of one module, of the parameter.
         kind: "linear", "embedding", "experts" (a grouped matmul) or "attention".
         node: the call; its arguments are read through the properties below.
-        weight: the node that gives the weight as it is stored; None for attention.
+        weight: the node that gives the weight as it is stored, before fake quantization; None for
+            attention.
         transposed: the weight is stored (in, out), as in GPT-2's `Conv1D`, instead of (out, in).
         in_all_linear: whether the rule `all-linear` covers the site.
     """
@@ -112,12 +115,13 @@ def find_sites(graph: fx.Graph) -> Iterator[Site]:
         plain = name != head and kind.rsplit(".", 1)[-1] in ("Linear", "Conv1D")
         if node.target is aten.linear.default:
             plain = plain and _transforms(node.args[1].meta["val"].shape)
-            yield Site(name, "linear", node, node.args[1], in_all_linear=plain)
+            yield Site(name, "linear", node, _stored(node.args[1]), in_all_linear=plain)
         elif node.target is aten.addmm.default:
             plain = plain and _transforms(node.args[2].meta["val"].shape)
-            yield Site(name, "linear", node, node.args[2], transposed=True, in_all_linear=plain)
+            weight = _stored(node.args[2])
+            yield Site(name, "linear", node, weight, transposed=True, in_all_linear=plain)
         elif node.target is aten.embedding.default:
-            yield Site(name, "embedding", node, node.args[0])
+            yield Site(name, "embedding", node, _stored(node.args[0]))
         elif str(node.target) in _GROUPED_MM:
             yield _experts(name, node)
         elif node.target is aten.scaled_dot_product_attention.default:
@@ -132,11 +136,17 @@ def _transforms(shape: tuple[int, ...]) -> bool:
     return min(shape) > 1
 
 
+def _stored(weight: fx.Node) -> fx.Node:
+    """What a weight is before fake quantization."""
+    return weight.args[0] if weight.target is fake_quantize_weight else weight
+
+
 def _experts(module: str, node: fx.Node) -> Site:
     """A grouped matmul takes (experts, in, out); most models store (experts, out, in)."""
     weight, transposed = node.args[1], True
     while weight.target is aten.transpose.int:
         weight, transposed = weight.args[0], not transposed
+    weight = _stored(weight)
     leaf = weight.meta.get("custom", {}).get("parameter") or weight.target
     return Site(
         f"{module}.{str(leaf).rsplit('.', 1)[-1]}", "experts", node, weight, transposed, True

@@ -5,6 +5,7 @@ from graphtune.passes.adapters import SetAdapter
 from graphtune.passes.base import Pass, Stage
 from graphtune.passes.causal_attention import CausalAttention
 from graphtune.passes.context_parallel import ContextParallel
+from graphtune.passes.convert import Convert
 from graphtune.passes.data_parallel import DataParallel
 from graphtune.passes.dora import DoRA
 from graphtune.passes.fsdp import FSDP
@@ -17,6 +18,7 @@ from graphtune.passes.lora import LoRA
 from graphtune.passes.merge import Merge, Unmerge
 from graphtune.passes.neftune import NEFTune
 from graphtune.passes.optimize import optimized
+from graphtune.passes.qat import QAT
 from graphtune.passes.qlora import QLoRA
 from graphtune.passes.quantize import Quantize
 from graphtune.passes.tensor_parallel import TensorParallel
@@ -30,8 +32,10 @@ _ALL: tuple[type[Pass], ...] = (
     Full,
     Freeze,
     NEFTune,
+    QAT,
     Merge,
     FusedLoss,
+    Convert,
     ActivationCheckpoint,
     KVCache,
     TensorParallel,
@@ -49,6 +53,8 @@ __all__ = [
     "ActivationCheckpoint",
     "ContextParallel",
     "DataParallel",
+    "QAT",
+    "Convert",
     "DoRA",
     "Freeze",
     "Full",

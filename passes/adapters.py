@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
@@ -76,6 +76,17 @@ def mark_output(node: fx.Node) -> fx.Node:
     return node
 
 
+def merged_adapters(site: Site) -> list[str]:
+    """The adapters that the graph merges into a site's weight, in their order."""
+    found: list[str] = []
+    node = site.weight
+    while "adapter" in node.meta.get("custom", {}):
+        if merges := node.meta["custom"].get("merges"):
+            found.insert(0, merges)
+        node = node.args[0]
+    return found
+
+
 def _outputs(site: Site) -> list[fx.Node]:
     found: list[fx.Node] = []
     node: fx.Node | None = site.output
@@ -113,6 +124,12 @@ def strip(edit: Edit) -> dict[Site, list[str]]:
         if adapters := active_adapters(site):
             found[site] = adapters
             last_output(site).replace_all_uses_with(site.output)
+        elif adapters := merged_adapters(site):
+            base = site.weight
+            while "adapter" in base.meta.get("custom", {}):
+                base = base.args[0]
+            site.weight.replace_all_uses_with(base)
+            found[replace(site, weight=base)] = adapters
     for node in edit.graph.find_nodes(op="get_attr"):
         if saved := re.fullmatch(r"(.*)\.modules_to_save\.\w+(\..*)", node.target):
             node.target = saved[1] + saved[2]
@@ -173,6 +190,7 @@ class SetAdapter(Pass):
     name: ClassVar[str] = "set_adapter"
     stage: ClassVar[Stage] = Stage.ADAPT
     order: ClassVar[int] = 1
+    conflicts: ClassVar[frozenset[str]] = frozenset({"qat", "convert"})
 
     def __post_init__(self) -> None:
         names: str | tuple[str, ...] = self.adapters

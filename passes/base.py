@@ -7,7 +7,7 @@ import difflib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
-from typing import Any, ClassVar, Literal, Self, TypeAlias, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args, get_type_hints
 
 from torch import nn
 
@@ -105,10 +105,12 @@ class Pass:
                 known = f"a rule may have {', '.join(self.site_options) or 'none'}"
                 hint = f"did you mean `{close[0]}`?" if close else known
                 raise UserError(f"{key}: no option `{name}` in a rule; {hint}")
-            kind = get_type_hints(type(self))[name]
-            kind = kind if isinstance(kind, type) else str  # a Literal
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise UserError(f"{key}: `{name}={value}` must be of type {kind.__name__}")
+            hint = get_type_hints(type(self))[name]
+            choices = get_args(hint) or (hint,)  # of a union types, of a Literal values
+            kinds = {one if isinstance(one, type) else type(one) for one in choices}
+            if type(value) not in kinds and not (float in kinds and type(value) is int):
+                names = " or ".join(sorted(kind.__name__ for kind in kinds))
+                raise UserError(f"{key}: `{name}={value}` must be of type {names}")
         return dataclasses.replace(self, **overrides) if overrides else self
 
     def __call__(self, program: Program) -> Program:

@@ -77,6 +77,7 @@ class LoRA(Pass):
 
     name: ClassVar[str] = "lora"
     stage: ClassVar[Stage] = Stage.ADAPT
+    conflicts: ClassVar[frozenset[str]] = frozenset({"qat", "convert"})
     site_options: ClassVar[tuple[str, ...]] = ("rank", "alpha", "dropout", "rslora", "init")
 
     def __post_init__(self) -> None:
@@ -329,6 +330,24 @@ class LoRA(Pass):
             return torch.einsum(layout, b, a) * self.scaling
         update = b @ a
         return (update.T if site.transposed or site.kind == "embedding" else update) * self.scaling
+
+    def merged_node(
+        self, edit: Edit, site: Site, weight: fx.Node, a: fx.Node, b: fx.Node
+    ) -> fx.Node:
+        """Insert what `merged` computes."""
+        if site.kind == "experts":
+            experts = site.shape[0]
+            a = edit.call(aten.view.default, a, [experts, self.rank, -1])
+            b = edit.call(aten.view.default, b, [-1, self.rank, experts])
+            layout = "ore,eri->eio" if site.transposed else "ore,eri->eoi"
+            update = edit.call(aten.einsum.default, layout, [b, a])
+        else:
+            update = edit.call(aten.matmul.default, b, a)
+            if site.transposed or site.kind == "embedding":
+                update = edit.call(aten.t.default, update)
+        scaled = edit.call(aten.mul.Tensor, update, self.scaling)
+        merged = edit.call(aten.add.Tensor, weight, scaled)
+        return edit.cast(merged, weight.meta["val"].dtype)
 
 
 def initial(name: str) -> str:

@@ -41,6 +41,7 @@ class Merge(Pass):
 
     name: ClassVar[str] = "merge"
     stage: ClassVar[Stage] = Stage.EXPORT
+    conflicts: ClassVar[frozenset[str]] = frozenset({"convert"})
 
     @property
     def numerics(self) -> Numerics:
@@ -55,6 +56,12 @@ class Merge(Pass):
     def rewrite(self, edit: Edit) -> Iterable[Site]:
         if not adapter_names(edit.program):
             raise UserError("`passes.merge`: the program has no adapter to merge")
+        if any(row.options.get("weights") == "base" for row in edit.program.ledger):
+            raise UserError(
+                "`passes.merge`: the adapters were trained beside rounded base weights "
+                "(`passes.qat.weights=base`), and merged ones would be rounded otherwise; Convert "
+                "keeps them apart, and `weights=effective` trains what is merged"
+            )
         read = {node.target for node in edit.graph.find_nodes(op="get_attr")}
         adapters = strip(edit)
         loss = _Loss()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from graphtune.models import load_model, load_tokenizer, resolve_dtype
 from graphtune.models.families import published_config
 from graphtune.passes import Pass, Stage, registry
 from graphtune.passes.adapters import adapter_names
+from graphtune.passes.qat import QAT, ranges
 from graphtune.program import Program
 from graphtune.training.device import pick_device
 from graphtune.training.run import Run
@@ -110,7 +112,7 @@ def check_length(cfg: SFTConfig, config: PretrainedConfig) -> None:
 
 
 # Passes for the time of training: what was trained is the same without them.
-_LEAVE_NOTHING = {"neftune", "activation_checkpoint"}
+_LEAVE_NOTHING = {"neftune", "activation_checkpoint", "qat"}
 
 
 def save_trained(program: Program, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
@@ -121,6 +123,8 @@ def save_trained(program: Program, tokenizer: PreTrainedTokenizerBase, run: Run)
     """
     trained = {name: p for name, p in program.named_parameters() if p.requires_grad}
     kinds = {row.name for row in program.ledger} - _LEAVE_NOTHING
+    if observed := ranges(program):
+        kinds.add("qat")
     adapters = adapter_names(program)
     if adapters and kinds <= {"quantize", "lora", "dora", "set_adapter", "freeze"}:
         for name in adapters:
@@ -129,14 +133,14 @@ def save_trained(program: Program, tokenizer: PreTrainedTokenizerBase, run: Run)
     elif kinds <= {"full", "freeze"}:
         to_hf(program, run.model_dir, tokenizer=tokenizer, verify=False)
     else:
-        tensors = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
+        tensors = {n: p.detach().cpu().contiguous() for n, p in (trained | observed).items()}
         temporary = run.trained_file.with_name(f".{run.trained_file.name}.tmp")
         save_file(tensors, temporary, metadata={"format": "pt"})
         temporary.replace(run.trained_file)
 
 
 def load_run(
-    folder: str | Path, *, tuned: bool = True, quantized: bool = True
+    folder: str | Path, *, tuned: bool = True, quantized: bool = True, aware: bool = True
 ) -> tuple[Program, PreTrainedTokenizerBase]:
     """The program and the tokenizer of a run that `train` wrote.
 
@@ -145,6 +149,8 @@ def load_run(
         tuned: False gives the base model, as it was before training.
         quantized: False leaves out the quantization of a base that adapters were trained over,
             for what is merged and shipped.
+        aware: False leaves out the fake quantization that the run was trained with; what is loaded
+            is in full precision.
 
     Raises:
         UserError: no run lies there, or it saved nothing.
@@ -152,6 +158,41 @@ def load_run(
     run = Run.open(folder)
     config: SFTConfig = validate(read_config(str(run.config_file)))
     tokenizer = load_tokenizer(config.model.id, **origin(config.model))
+    device = pick_device(config.device)
+    if tuned and run.program_file.is_file():
+        return Program.load(run.program_file, device=device), tokenizer
+    passes = [part for one in make_passes(config.passes) for part in one.parts()]
+    qat = [part for part in passes if isinstance(part, QAT)] if tuned and aware else []
+    if not quantized:
+        passes = [one for one in passes if one.stage != Stage.QUANTIZE]
+    program = _load(run, config, [one for one in passes if not isinstance(one, QAT)], tuned)
+    begun = [dataclasses.replace(one, enabled_from_step=0) for one in qat if had_begun(run, one)]
+    program = program.apply(*begun)
+    if tuned and run.trained_file.is_file():
+        _put(program, load_file(run.trained_file))
+    return program, tokenizer
+
+
+def had_begun(run: Run, qat: QAT) -> bool:
+    """Whether a run trained as long as to have taken a step with fake quantization."""
+    metrics = run.metrics()
+    return bool(metrics) and metrics[-1]["step"] > qat.enabled_from_step
+
+
+def check_begun(folder: str | Path) -> None:
+    """Raise UserError if a run was to train with fake quantization, and ended before it began."""
+    run = Run.open(folder)
+    config: SFTConfig = validate(read_config(str(run.config_file)))
+    for one in make_passes(config.passes):
+        if isinstance(one, QAT) and not had_begun(run, one):
+            raise UserError(
+                f"{folder} ended before `passes.qat.enabled_from_step={one.enabled_from_step}`; "
+                f"train on, or quantize it as it is: graphtune quantize {folder} --scheme ..."
+            )
+
+
+def _load(run: Run, config: SFTConfig, passes: list[Pass], tuned: bool) -> Program:
+    """The program of a run before fake quantization."""
     device = pick_device(config.device)
     if tuned and run.model_dir.is_dir():
         model = load_model(
@@ -161,22 +202,17 @@ def load_run(
             implementation=config.model.implementation,
             attn_implementation=config.model.attn_implementation,
         )
-        return capture(model), tokenizer
-    passes = [part for one in make_passes(config.passes) for part in one.parts()]
-    if not quantized:
-        passes = [one for one in passes if one.stage != Stage.QUANTIZE]
+        return capture(model)
     whole = tuned and run.trained_file.is_file()
     if not whole:  # what trained comes with what was saved
         passes = [one for one in passes if one.stage == Stage.QUANTIZE]
     program = capture(empty_model(config.model, device)).apply(*passes)
     program = load_weights(program, device=device, **origin(config.model))
-    if whole:
-        _put(program, load_file(run.trained_file))
-    elif tuned:
+    if tuned and not whole:
         for path in _adapter_folders(run):
             adapter = "default" if path == run.adapter_dir else path.name
             program = from_peft(program, path, adapter=adapter)
-    return program, tokenizer
+    return program
 
 
 def _adapter_folders(run: Run) -> list[Path]:
@@ -190,5 +226,7 @@ def _adapter_folders(run: Run) -> list[Path]:
 
 @torch.no_grad()
 def _put(program: Program, tensors: Mapping[str, torch.Tensor]) -> None:
+    own = program.all_parameters() | dict(program.named_buffers())
     for name, tensor in tensors.items():
-        program.get_parameter(name).copy_(tensor)
+        if name in own:  # else of a pass that was left out
+            own[name].copy_(tensor)

@@ -24,6 +24,7 @@ from graphtune.engine import NotFinite, TrainStep, compile_step, save_batches
 from graphtune.generation import encode_chat, generate, stop_ids
 from graphtune.losses import cross_entropy
 from graphtune.passes import FusedLoss, optimized
+from graphtune.passes.qat import at_step
 from graphtune.program import Program
 from graphtune.recipes import save_trained
 from graphtune.recipes.job import (
@@ -263,6 +264,7 @@ def take_step(training: Training, group: list[Batch], run: Run) -> dict[str, Any
     recent = counters.get("recent_losses", [])
     if spikes and len(recent) == spikes.window:
         limit = spikes.factor * sum(recent) / len(recent)
+    at_step(training.program, state.step, group)
     try:
         metrics: dict[str, Any] = training.step(group, loss_limit=limit)
     except NotFinite as error:

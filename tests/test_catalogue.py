@@ -14,7 +14,7 @@ from graphtune.recipes import empty_model, make_passes
 
 DOCS = Path(__file__).parents[1] / "docs"
 SMALL = ["smollm2/135M", "qwen3/0_6B"]
-TRAINS = {"full": r".", "dora": r"lora_|magnitude", "qdora": r"lora_|magnitude"}
+TRAINS = {"full": r".", "qat": r".", "dora": r"lora_|magnitude", "qdora": r"lora_|magnitude"}
 
 
 def read(name: str) -> SFTConfig:

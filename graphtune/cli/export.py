@@ -47,21 +47,26 @@ def export(
     import graphtune.export as targets  # torch is slow to import, and --help should not be
     from graphtune.export.artifact import read_checks
     from graphtune.export.packages import require
-    from graphtune.passes import Merge
+    from graphtune.passes import Convert, Merge
     from graphtune.passes.adapters import adapter_names
-    from graphtune.recipes import load_run
+    from graphtune.recipes import check_begun, load_run
 
     for name in wanted:
         require(name)
-    program, tokenizer = load_run(run, quantized=False)
-    merged = program
-    if adapter_names(program) and wanted.keys() != {"peft"}:
-        note(f"merged the adapter {', '.join(adapter_names(program))} into the weights")
-        merged = program.apply(Merge())
+    if "executorch" in wanted:
+        check_begun(run)
     for name, format in wanted.items():
         folder = Path(run) / name
         if output is not None:
             folder = output / name if len(wanted) > 1 else output
+        # Integers go to devices; other formats hold what was trained, in full precision.
+        program, tokenizer = load_run(run, quantized=False, aware=name == "executorch")
+        applied, adapters = {row.name for row in program.ledger}, adapter_names(program)
+        if "qat" in applied and "convert" not in applied:
+            program = program.apply(Convert())
+        elif adapters and name != "peft" and "qat" not in applied:
+            note(f"merged the adapter {', '.join(adapters)} into the weights")
+            program = program.apply(Merge())
         options: dict[str, Any] = {"overwrite": overwrite, "run": str(run)}
         if format is not None:
             options["format"] = format
@@ -69,9 +74,9 @@ def export(
             targets.to_peft(program, folder, **options)
         elif name == "executorch":
             options |= {"tokenizer": tokenizer, "max_seq_len": max_seq_len}
-            _tell(targets.to_executorch(merged, folder, **options))
+            _tell(targets.to_executorch(program, folder, **options))
         else:
-            getattr(targets, f"to_{name}")(merged, folder, tokenizer=tokenizer, **options)
+            getattr(targets, f"to_{name}")(program, folder, tokenizer=tokenizer, **options)
         for check in read_checks(folder):
             print(check)
         print(f"saved {folder}")

@@ -18,7 +18,8 @@ class Run:
     `config.yaml` is the resolved config, `metrics.jsonl` one line for each logged step,
     `samples.jsonl` answers on the way, `loss.png` the loss curve, `summary.json` results and
     timings once it has ended, `checkpoints/` what the run can go on from, `adapter/` the adapter
-    in PEFT's layout, or `model/` the weights in Hugging Face's if all of them were trained.
+    in PEFT's layout, or `model/` the weights in Hugging Face's if all of them were trained. What
+    `quantize` made is a program, `model.gt`.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -93,6 +94,10 @@ class Run:
     @property
     def trained_file(self) -> Path:
         return self.folder / "trained.safetensors"
+
+    @property
+    def program_file(self) -> Path:
+        return self.folder / "model.gt"
 
     @property
     def metrics_file(self) -> Path:
