@@ -178,12 +178,19 @@ def test_refuses_a_vocabulary_and_an_mlp_that_do_not_divide(eight: Any) -> None:
     assert split.all_parameters()["model.layers.0.self_attn.o_proj.weight"].shape == (32, 8)
 
 
-def test_reads_only_its_slices(eight: Any, tmp_path: Path) -> None:
-    """Weights on one rank are its parts of the file's, which the loader is told of."""
+@pytest.fixture
+def saved(tmp_path: Path) -> Any:
+    """A model and its folder; only rank 0 of a world that there is would write it."""
     model = tiny_model("qwen2")
     model.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def test_reads_only_its_slices(saved: Any, eight: Any) -> None:
+    """Weights on one rank are its parts of the file's, which the loader is told of."""
+    model, folder = saved
     mesh = eight(tp=2, dp_shard=4)
-    empty = gt.capture(gt.load_model(tmp_path, device="meta")).apply(TensorParallel(mesh=mesh))
+    empty = gt.capture(gt.load_model(folder, device="meta")).apply(TensorParallel(mesh=mesh))
     assert all(parameter.is_meta for parameter in empty.parameters())
     loaded = gt.load_weights(empty, device="cpu")
     assert loaded.distribution is not None
@@ -203,7 +210,8 @@ def test_a_mesh_that_is_not_the_world(eight: Any) -> None:
         eight(tp=3)
 
 
-def test_without_processes() -> None:
+def test_without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphtune.distributed._mesh", None)
     with pytest.raises(UserError, match="needs several processes"):
         gt.capture(empty_model(GPT2Config(n_layer=1, n_embd=8, n_head=2), torch.float32)).apply(
             TensorParallel()
