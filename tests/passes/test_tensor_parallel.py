@@ -18,7 +18,7 @@ from graphtune.models.empty import empty_model
 from graphtune.passes import LoRA, Quantize, TensorParallel
 from tests.oracles.models import tiny_gpt2, tiny_model
 from tests.oracles.ranks import World
-from tests.oracles.tensor_cases import Case, compare_all
+from tests.oracles.tensor_cases import Case, compare_all, compiled
 
 TWO = {"tp": 2, "dp_shard": 1}
 SEQUENCE = {"sequence_parallel": True}
@@ -40,7 +40,7 @@ CASES = {
 }
 FOUR = {
     "wide, four ranks": Case("wide", mesh={"tp": 4, "dp_shard": 1}),
-    "wide, qlora, four ranks": Case("wide", "qlora", mesh={"tp": 4, "dp_shard": 1}),
+    "wide, int8, four ranks": Case("wide", "int8", mesh={"tp": 4, "dp_shard": 1}),
     "llama, with fsdp": Case("llama", mesh={"tp": 2, "dp_shard": 2}),
     "qwen2, lora, sequence, with fsdp": Case("qwen2", "lora", SEQUENCE, {"tp": 2, "dp_shard": 2}),
 }
@@ -83,6 +83,25 @@ def test_trains_as_one_process(name: str, two: dict[str, list[Any]]) -> None:
 @pytest.mark.parametrize("name", FOUR)
 def test_trains_as_one_process_on_four_ranks(name: str, four: dict[str, list[Any]]) -> None:
     _check(four[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("llama", "lora", mesh=TWO),
+        Case("llama", "full", SEQUENCE, TWO),
+        Case("llama", "full", {"gather_logits": False}, TWO),
+        Case("llama", mesh={"cp": 2, "dp_shard": 1}),
+    ],
+    ids=["lora", "sequence", "sharded logits", "context"],
+)
+def test_compiles(case: Case) -> None:
+    world = World(2)
+    try:
+        assert max(world(compiled, case)) < 1e-5
+    finally:
+        world.stop()
 
 
 def test_exchanges_are_megatrons(two: dict[str, list[Any]]) -> None:
