@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,23 @@ from graphtune.torch_private import group_rank, group_size
 
 
 @dataclass(frozen=True)
-class VocabParallelCrossEntropy:
+class _OverRanks:
+    """A loss of ranks that are known when it is made: a compiled step cannot look them up."""
+
+    group: str | None = None
+    axis: ClassVar[str]
+    rank: int = field(init=False, default=0)
+    ranks: int = field(init=False, default=1)
+
+    def __post_init__(self) -> None:
+        group = self.group or group_name(current_mesh("loss"), self.axis)
+        object.__setattr__(self, "group", group)
+        object.__setattr__(self, "rank", group_rank(group))
+        object.__setattr__(self, "ranks", group_size(group))
+
+
+@dataclass(frozen=True)
+class VocabParallelCrossEntropy(_OverRanks):
     """`cross_entropy` of logits of which each rank has those of its part of the vocabulary.
 
     Three numbers are exchanged for each token instead of all its logits (Shoeybi et al.,
@@ -31,8 +48,8 @@ class VocabParallelCrossEntropy:
         z_loss: as for `cross_entropy`.
     """
 
-    group: str | None = None
     z_loss: float = 0.0
+    axis: ClassVar[str] = "tp"
 
     def __call__(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss summed over all labelled tokens, the same on all ranks, a scalar float32.
@@ -42,13 +59,13 @@ class VocabParallelCrossEntropy:
             labels: int64 (batch, seq), unshifted, of the whole vocabulary.
             weights: float32 (batch, seq), or None.
         """
-        group = self.group or group_name(current_mesh("loss"), "tp")
+        group = self.group
         local = logits.float()
         largest = exchange.maximum(local.detach().amax(-1), group)
         total = (local - largest.unsqueeze(-1)).exp().sum(-1)
         log_total = exchange.all_reduce(total, group).log() + largest
         targets = shift_labels(labels)
-        own = targets - group_rank(group) * local.shape[-1]
+        own = targets - self.rank * local.shape[-1]
         inside = (own >= 0) & (own < local.shape[-1])
         found = local.gather(-1, own.where(inside, 0).unsqueeze(-1)).squeeze(-1)
         of_label = exchange.all_reduce(found.where(inside, 0), group)
@@ -60,7 +77,7 @@ class VocabParallelCrossEntropy:
 
 
 @dataclass(frozen=True)
-class ContextParallelCrossEntropy:
+class ContextParallelCrossEntropy(_OverRanks):
     """`cross_entropy` of logits of which each rank has those of its tokens.
 
     For a program of `ContextParallel`, and labels of whole rows. A training step counts the tokens
@@ -71,9 +88,9 @@ class ContextParallelCrossEntropy:
         label_smoothing, z_loss: as for `cross_entropy`.
     """
 
-    group: str | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    axis: ClassVar[str] = "cp"
 
     def __call__(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss summed over this rank's labelled tokens, times the number of ranks.
@@ -83,7 +100,7 @@ class ContextParallelCrossEntropy:
             labels: int64 (batch, seq), unshifted.
             weights: float32 (batch, seq), or None.
         """
-        group = self.group or group_name(current_mesh("loss"), "cp")
+        group = self.group
         # The loss shifts what it is given; a column before it makes up for that.
         own = exchange.share_balanced(shift_labels(labels), 1, IGNORE_INDEX, group)
         own = torch.nn.functional.pad(own, (1, 0), value=IGNORE_INDEX)
@@ -94,4 +111,4 @@ class ContextParallelCrossEntropy:
         loss = cross_entropy(
             logits, own, weights, label_smoothing=self.label_smoothing, z_loss=self.z_loss
         )
-        return loss * group_size(group)
+        return loss * self.ranks

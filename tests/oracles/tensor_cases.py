@@ -210,9 +210,8 @@ def _loss(case: Case) -> Any:
     if not case.tensor.get("gather_logits", True):
         return VocabParallelCrossEntropy()
     if case.mesh.get("cp", 1) > 1:
-        return lambda logits, labels: (
-            ContextParallelCrossEntropy()(logits, labels) / case.mesh["cp"]
-        )
+        loss = ContextParallelCrossEntropy()
+        return lambda logits, labels: loss(logits, labels) / case.mesh["cp"]
     # Ranks along dp_shard have the same tokens here, and each counts for its share.
     return lambda logits, labels: cross_entropy(logits, labels) / case.mesh.get("dp_shard", 1)
 
@@ -241,3 +240,20 @@ def packed(ranks: int) -> float:
         found = split(ids, mask.expand(2, 1, 13, 13), positions)
         found = exchange.gather_balanced(found, 1, 13, group_name(mesh, "cp"))
     return float((found - expected).abs().max())
+
+
+def compiled(case: Case) -> float:
+    """Largest relative difference of compiled to eager loss and gradients, on this rank."""
+    mesh = make_mesh("cpu", **case.mesh)
+    tensor = case.mesh.get("tp", 1) > 1
+    divide: list[Pass] = [TensorParallel(mesh=mesh, **case.tensor)] if tensor else []
+    if case.mesh.get("cp", 1) > 1:
+        divide += [ContextParallel(mesh=mesh), DataParallel(mesh=mesh)]
+    split = adapted(case).apply(*divide)
+    optimizer = torch.optim.AdamW(split.trainable_parameters(), lr=1e-3)
+    loss: Any = ContextParallelCrossEntropy() if case.mesh.get("cp", 1) > 1 else cross_entropy
+    if not case.tensor.get("gather_logits", True):
+        loss = VocabParallelCrossEntropy()
+    step = gt.compile_step(split, optimizer, loss=loss)
+    ids = torch.arange(2 * LENGTH).reshape(2, LENGTH) % VOCAB
+    return step.check({"input_ids": ids, "labels": ids})

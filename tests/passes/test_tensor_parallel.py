@@ -18,7 +18,7 @@ from graphtune.models.empty import empty_model
 from graphtune.passes import LoRA, Quantize, TensorParallel
 from tests.oracles.models import tiny_gpt2, tiny_model
 from tests.oracles.ranks import World
-from tests.oracles.tensor_cases import Case, compare_all
+from tests.oracles.tensor_cases import Case, compare_all, compiled
 
 TWO = {"tp": 2, "dp_shard": 1}
 SEQUENCE = {"sequence_parallel": True}
@@ -40,7 +40,7 @@ CASES = {
 }
 FOUR = {
     "wide, four ranks": Case("wide", mesh={"tp": 4, "dp_shard": 1}),
-    "wide, qlora, four ranks": Case("wide", "qlora", mesh={"tp": 4, "dp_shard": 1}),
+    "wide, int8, four ranks": Case("wide", "int8", mesh={"tp": 4, "dp_shard": 1}),
     "llama, with fsdp": Case("llama", mesh={"tp": 2, "dp_shard": 2}),
     "qwen2, lora, sequence, with fsdp": Case("qwen2", "lora", SEQUENCE, {"tp": 2, "dp_shard": 2}),
 }
@@ -83,6 +83,25 @@ def test_trains_as_one_process(name: str, two: dict[str, list[Any]]) -> None:
 @pytest.mark.parametrize("name", FOUR)
 def test_trains_as_one_process_on_four_ranks(name: str, four: dict[str, list[Any]]) -> None:
     _check(four[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("llama", "lora", mesh=TWO),
+        Case("llama", "full", SEQUENCE, TWO),
+        Case("llama", "full", {"gather_logits": False}, TWO),
+        Case("llama", mesh={"cp": 2, "dp_shard": 1}),
+    ],
+    ids=["lora", "sequence", "sharded logits", "context"],
+)
+def test_compiles(case: Case) -> None:
+    world = World(2)
+    try:
+        assert max(world(compiled, case)) < 1e-5
+    finally:
+        world.stop()
 
 
 def test_exchanges_are_megatrons(two: dict[str, list[Any]]) -> None:
@@ -178,12 +197,19 @@ def test_refuses_a_vocabulary_and_an_mlp_that_do_not_divide(eight: Any) -> None:
     assert split.all_parameters()["model.layers.0.self_attn.o_proj.weight"].shape == (32, 8)
 
 
-def test_reads_only_its_slices(eight: Any, tmp_path: Path) -> None:
-    """Weights on one rank are its parts of the file's, which the loader is told of."""
+@pytest.fixture
+def saved(tmp_path: Path) -> Any:
+    """A model and its folder; only rank 0 of a world that there is would write it."""
     model = tiny_model("qwen2")
     model.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def test_reads_only_its_slices(saved: Any, eight: Any) -> None:
+    """Weights on one rank are its parts of the file's, which the loader is told of."""
+    model, folder = saved
     mesh = eight(tp=2, dp_shard=4)
-    empty = gt.capture(gt.load_model(tmp_path, device="meta")).apply(TensorParallel(mesh=mesh))
+    empty = gt.capture(gt.load_model(folder, device="meta")).apply(TensorParallel(mesh=mesh))
     assert all(parameter.is_meta for parameter in empty.parameters())
     loaded = gt.load_weights(empty, device="cpu")
     assert loaded.distribution is not None
@@ -203,7 +229,8 @@ def test_a_mesh_that_is_not_the_world(eight: Any) -> None:
         eight(tp=3)
 
 
-def test_without_processes() -> None:
+def test_without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphtune.distributed._mesh", None)
     with pytest.raises(UserError, match="needs several processes"):
         gt.capture(empty_model(GPT2Config(n_layer=1, n_embd=8, n_head=2), torch.float32)).apply(
             TensorParallel()
