@@ -78,7 +78,8 @@ def mark_output(node: fx.Node) -> fx.Node:
 
 def merged_adapters(site: Site) -> list[str]:
     """The adapters that the graph merges into a site's weight, in their order."""
-    found, node = [], site.weight
+    found: list[str] = []
+    node = site.weight
     while "adapter" in node.meta.get("custom", {}):
         if merges := node.meta["custom"].get("merges"):
             found.insert(0, merges)

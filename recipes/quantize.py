@@ -54,7 +54,8 @@ def config_of(target: str, overrides: Sequence[str] = ()) -> SFTConfig:
     if Path(target).suffix in (".yaml", ".yml"):
         return validate(load_config(target, overrides), SFTConfig)
     made = OmegaConf.create({"output_dir": "unused", "model": {"id": target}, **_DATA})
-    return validate(OmegaConf.merge(made, OmegaConf.from_dotlist(list(overrides))), SFTConfig)
+    made.merge_with(OmegaConf.from_dotlist(list(overrides)))
+    return validate(made, SFTConfig)
 
 
 def quantize(
