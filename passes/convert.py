@@ -67,7 +67,7 @@ class Convert(Pass):
                 "; train beyond that step, or apply QAT without it"
             )
         written: dict[tuple[Any, ...], str] = {}
-        replaced: set[fx.Node] = set()
+        replaced: set[str] = set()
         for node in list(edit.graph.nodes):
             if node.target is fake_quantize_weight:
                 replaced.update(constants_of(node) or ())

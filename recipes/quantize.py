@@ -54,7 +54,7 @@ def config_of(target: str, overrides: Sequence[str] = ()) -> SFTConfig:
     if Path(target).suffix in (".yaml", ".yml"):
         return validate(load_config(target, overrides), SFTConfig)
     made = OmegaConf.create({"output_dir": "unused", "model": {"id": target}, **_DATA})
-    made.merge_with_dotlist(list(overrides))
+    made.merge_with(OmegaConf.from_dotlist(list(overrides)))
     return validate(made, SFTConfig)
 
 

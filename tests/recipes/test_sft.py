@@ -163,7 +163,7 @@ def test_debug_shows_the_traceback(config, write, capsys):
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert graphtune("generate", tmp_path, "hello") == 2
-    assert "is not a run" in capsys.readouterr().err
+    assert "holds no config.json" in capsys.readouterr().err  # nor a model
 
 
 def test_the_readmes_ten_lines(model_folder):
