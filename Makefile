@@ -1,6 +1,7 @@
 # make quickstart   fine-tune a real model, from nothing
 # make coverage-models  build, capture and train every architecture of transformers, tiny
 # make test         test everything that is fast; test-all: the slow tests too
+# make bench        training steps beside PEFT's and transformers', about 30 minutes
 # Both make .venv and install into it first. PYTHON=python3.12 picks another interpreter.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PARTS := passes recipes export configs
 # A second quickstart goes beside the first: a run never overwrites another.
 RUN ?= runs/quickstart$(if $(wildcard runs/quickstart),-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: quickstart test test-all lint format clean coverage-models
+.PHONY: quickstart test test-all lint format clean coverage-models bench
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -35,6 +36,10 @@ lint: $(VENV)/.installed-dev $(LINKED)
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/training_step.py --batch 4 --length 256
+	$(BIN)/python benchmarks/training_step.py --batch 1 --length 1024
 
 coverage-models: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage_models --document docs/coverage.md

@@ -1,9 +1,9 @@
 """Our decoder beside transformers' class: one step of full training on the same real weights.
 
-    python benchmarks/model_step.py [--batch 2] [--length 256] [--steps 6]
+    python benchmarks/model_step.py [--batch 2] [--length 256] [--repeats 6]
 
-The model is SmolLM2-135M-Instruct (Q4_1 de-quantised). Each contender runs alone, in a process of
-its own, on the same batch with the same mask, after the others are done: either implementation as
+The model is SmolLM2-135M-Instruct (Q4_1 de-quantised). The contenders take turns, each in a
+process of its own, on the same batch with the same mask: either implementation as
 a plain module, eager and under torch.compile. Prints seconds for forward, loss and backward (the
 median), tokens/s, time to the first step, peak memory, and the ratio to transformers' eager step.
 """

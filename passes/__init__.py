@@ -21,6 +21,7 @@ from graphtune.passes.optimize import optimized
 from graphtune.passes.qat import QAT
 from graphtune.passes.qlora import QLoRA
 from graphtune.passes.quantize import Quantize
+from graphtune.passes.shared_mask import SharedMask
 from graphtune.passes.tensor_parallel import TensorParallel
 
 _ALL: tuple[type[Pass], ...] = (
@@ -44,6 +45,7 @@ _ALL: tuple[type[Pass], ...] = (
     FSDP,
     FuseAdapters,
     GroupedAttention,
+    SharedMask,
     CausalAttention,
 )
 registry: dict[str, type[Pass]] = {one.name: one for one in _ALL}
@@ -70,6 +72,7 @@ __all__ = [
     "QLoRA",
     "Quantize",
     "SetAdapter",
+    "SharedMask",
     "Stage",
     "TensorParallel",
     "Unmerge",

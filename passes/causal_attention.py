@@ -55,12 +55,8 @@ class CausalAttention(Pass):
 
 def _is_causal(node: fx.Node) -> bool:
     """Whether what an attention may see is told by the program's own mask, and by nothing else."""
-    mask = _mask(node)
+    mask = attention_mask(node)
     return mask is not None and mask.op == "placeholder"
-
-
-def _mask(node: fx.Node) -> fx.Node | None:
-    return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
 
 
 def _without_mask(graph: fx.Graph) -> fx.Graph | None:

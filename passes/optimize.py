@@ -4,9 +4,15 @@ from graphtune.passes.base import Pass
 from graphtune.passes.causal_attention import CausalAttention
 from graphtune.passes.fuse_adapters import FuseAdapters
 from graphtune.passes.grouped_attention import GroupedAttention
+from graphtune.passes.shared_mask import SharedMask
 from graphtune.program import Program
 
-OPTIMIZATIONS: tuple[Pass, ...] = (FuseAdapters(), GroupedAttention(), CausalAttention())
+OPTIMIZATIONS: tuple[Pass, ...] = (
+    FuseAdapters(),
+    GroupedAttention(),
+    SharedMask(),
+    CausalAttention(),
+)
 
 
 def optimized(program: Program) -> Program:
