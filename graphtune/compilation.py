@@ -76,6 +76,12 @@ class Compiled:
             layered, end = _by_layer(program, found, loss)
             self._call = lambda batch: loss_sum(layered, batch, end)
 
+    def __str__(self) -> str:
+        if self.outline is None:
+            return "compiled whole"
+        layers, distinct = len(self.outline.calls), len(self.outline.regions) - 1
+        return f"compiled by layer ({layers} layers, {distinct} distinct)"
+
     def __call__(self, batch: Batch) -> Tensor:
         if self._has_unmasked and batch.get("attention_mask") is None:
             self._unmasked = self._unmasked or self._make_unmasked()

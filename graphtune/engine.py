@@ -87,6 +87,15 @@ class TrainStep:
     def compilations(self) -> int:
         return 0 if self._compiled is None else self._compiled.graphs
 
+    def __str__(self) -> str:
+        """How steps are run, for people."""
+        dtypes = {str(p.dtype).removeprefix("torch.") for p in self.parameters}
+        where = self.parameters[0].device.type
+        threads = f", {torch.get_num_threads()} threads" if where == "cpu" else ""
+        return (
+            f"{', '.join(sorted(dtypes))} on {where}{threads}, {self._compiled or 'not compiled'}"
+        )
+
     def _plain_loss_sum(self, batch: Batch) -> Tensor:
         with recompute_in_backward():  # what the compiler does by the graph's tags
             return loss_sum(self._uncompiled, with_rows(self.program, batch), self.loss)

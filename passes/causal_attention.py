@@ -11,6 +11,7 @@ from torch import fx
 
 from graphtune.passes.base import Numerics, Pass, Stage
 from graphtune.passes.grouped_attention import share_heads
+from graphtune.passes.shared_mask import as_captured, attention_mask
 from graphtune.program import Program
 from graphtune.rewrite import Edit
 from graphtune.sites import Site, find_sites
@@ -56,7 +57,7 @@ class CausalAttention(Pass):
 def _is_causal(node: fx.Node) -> bool:
     """Whether what an attention may see is told by the program's own mask, and by nothing else."""
     mask = attention_mask(node)
-    return mask is not None and mask.op == "placeholder"
+    return mask is not None and as_captured(mask).op == "placeholder"
 
 
 def _without_mask(graph: fx.Graph) -> fx.Graph | None:

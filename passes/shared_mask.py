@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from graphtune.passes.base import Numerics, Pass, Stage
-from graphtune.rewrite import Edit
+from graphtune.rewrite import Edit, written_by
 from graphtune.sites import Site, layer_of
 
 aten = torch.ops.aten
@@ -57,3 +57,10 @@ class SharedMask(Pass):
 def attention_mask(node: fx.Node) -> fx.Node | None:
     """The mask that an attention is given, or None."""
     return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+
+
+def as_captured(mask: fx.Node) -> fx.Node:
+    """The mask that SharedMask made a mask of; without the pass, the mask itself."""
+    if mask.target is aten.masked_fill.Scalar and written_by(mask) == SharedMask.name:
+        return mask.args[1].args[0]
+    return mask

@@ -46,6 +46,7 @@ def bench(cfg: SFTConfig, steps: int) -> dict[str, Any]:
 
     Raises:
         UserError: as in training, but for data and weights.
+        RuntimeError: something was compiled after the first step.
     """
     device = pick_device(cfg.device)
     config, note = config_to_look_at(cfg.model)
@@ -85,6 +86,13 @@ def bench(cfg: SFTConfig, steps: int) -> dict[str, Any]:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         seconds.append(time.perf_counter() - start)
+        if len(seconds) == 1:
+            compiled = training.step.compilations
+    if training.step.compilations != compiled:
+        raise RuntimeError(
+            f"{training.step.compilations - compiled} graphs were compiled while steps were timed; "
+            "TORCH_LOGS=recompiles tells why"
+        )
     step_s = statistics.median(seconds[1:])
     tokens = sum(batch["input_ids"].numel() for batch in group)
     flops_per_s = flops_per_token(program) * tokens / step_s

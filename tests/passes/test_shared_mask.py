@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import graphtune as gt
-from graphtune.passes import Full, SharedMask
+from graphtune.passes import CausalAttention, Full, SharedMask
 from graphtune.passes.shared_mask import attention_mask
 from graphtune.program import causal_mask
 from tests.oracles.models import FAMILIES, gradients, random_ids, tiny_model
@@ -31,3 +31,9 @@ def test_all_layers_read_one_mask():
     assert len(attentions) == 2
     assert mask.meta["val"].dtype == torch.float32
     assert program.ledger[-1].nodes == 3
+
+
+def test_causal_attention_still_knows_the_mask():
+    program = gt.capture(tiny_model("llama")).apply(SharedMask(), CausalAttention())
+    attentions = [n for n in program.unmasked.graph.nodes if "scaled_dot_product" in str(n.target)]
+    assert all(attention_mask(node) is None for node in attentions)
