@@ -63,14 +63,19 @@ def must_recompute(node: fx.Node) -> None:
 
 def constants_of(node: fx.Node) -> tuple[str, ...] | None:
     """Names of the tensors that a node is computed from; None if it depends on the input."""
-    if node.op == "get_attr":
-        return (node.target,)
-    if node.op != "call_function" or not node.all_input_nodes:
-        return None
-    parts = [constants_of(source) for source in node.all_input_nodes]
-    if any(part is None for part in parts):
-        return None
-    return tuple(dict.fromkeys(name for part in parts for name in part or ()))
+    names: dict[str, None] = {}
+    seen, stack = {node}, [node]
+    while stack:
+        source = stack.pop()
+        if source.op == "get_attr":
+            names[source.target] = None
+        elif source.op != "call_function" or not source.all_input_nodes:
+            return None
+        for one in reversed(source.all_input_nodes):
+            if one not in seen:
+                seen.add(one)
+                stack.append(one)
+    return tuple(names)
 
 
 def evaluate(node: fx.Node, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphtune.losses import ROW_INPUTS, with_rows
 from graphtune.program import Program
 from graphtune.shapes import fixed_batch
 from graphtune.sites import module_of
@@ -191,6 +192,7 @@ def probe_ids(program: Program) -> Tensor:
 def _eval_output(program: nn.Module, ids: Tensor) -> Tensor:
     was_training = program.training
     try:
-        return program.eval()(ids)
+        rows = with_rows(program, {"labels": ids})
+        return program.eval()(ids, **{name: rows[name] for name in ROW_INPUTS if name in rows})
     finally:
         program.train(was_training)

@@ -63,7 +63,10 @@ class FusedLoss(Pass):
 
     name: ClassVar[str] = "fused_loss"
     stage: ClassVar[Stage] = Stage.LOSS
-    conflicts: ClassVar[frozenset[str]] = frozenset({"fused_loss"})
+    # Those split what a row, or the vocabulary, is over ranks.
+    conflicts: ClassVar[frozenset[str]] = frozenset(
+        {"fused_loss", "context_parallel", "tensor_parallel"}
+    )
 
     def __post_init__(self) -> None:
         if self.chunks < 1:

@@ -92,7 +92,10 @@ def run(config: DictConfig) -> Run:
 
     with explaining_out_of_memory(batch_size, cfg.loader.length):
         training = set_up(program, job, loader)
-        console.print(f"{training.step.program}\nbatches of {batch_size}, {training.steps} steps")
+        console.print(
+            f"{training.step.program}\n{training.step}\n"
+            f"batches of {batch_size}, {training.steps} steps"
+        )
         with clock.phase("compile", "compiling the step, and checking its gradients"):
             warm_up(training)
         go_on(training, run, console)
