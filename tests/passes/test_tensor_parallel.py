@@ -26,15 +26,17 @@ CASES = {
     "llama": Case("llama", mesh=TWO),
     "qwen2, sharded logits": Case("qwen2", tensor={"gather_logits": False}, mesh=TWO),
     "qwen3, sequence": Case("qwen3", tensor=SEQUENCE, mesh=TWO),
-    "gemma2, whole vocabulary": Case("gemma2", tensor={"vocab_parallel": False}, mesh=TWO),
     "gemma2, sequence": Case("gemma2", tensor=SEQUENCE, mesh=TWO),
     "phi3, fused": Case("phi3", mesh=TWO),
-    "phi3, fused, lora, sequence": Case("phi3", "lora", SEQUENCE, TWO),
     "gpt2": Case("gpt2", mesh=TWO),
-    "gpt2, lora, sequence": Case("gpt2", "lora", SEQUENCE, TWO),
-    "qwen2, lora": Case("qwen2", "lora", mesh=TWO),
     "qwen2, dora": Case("qwen2", "dora", mesh=TWO),
     "wide, qlora": Case("wide", "qlora", mesh=TWO),
+}
+MORE = {
+    "gemma2, whole vocabulary": Case("gemma2", tensor={"vocab_parallel": False}, mesh=TWO),
+    "phi3, fused, lora, sequence": Case("phi3", "lora", SEQUENCE, TWO),
+    "gpt2, lora, sequence": Case("gpt2", "lora", SEQUENCE, TWO),
+    "qwen2, lora": Case("qwen2", "lora", mesh=TWO),
     "wide, qlora, sequence": Case("wide", "qlora", SEQUENCE, TWO),
     "wide, int8": Case("wide", "int8", mesh=TWO),
 }
@@ -61,6 +63,11 @@ def two() -> dict[str, list[Any]]:
 
 
 @pytest.fixture(scope="module")
+def more() -> dict[str, list[Any]]:
+    return _run(MORE, 2)
+
+
+@pytest.fixture(scope="module")
 def four() -> dict[str, list[Any]]:
     return _run(FOUR, 4)
 
@@ -77,6 +84,12 @@ def _check(results: list[Any]) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_trains_as_one_process(name: str, two: dict[str, list[Any]]) -> None:
     _check(two[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_more_train_as_one_process(name: str, more: dict[str, list[Any]]) -> None:
+    _check(more[name])
 
 
 @pytest.mark.slow
