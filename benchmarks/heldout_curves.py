@@ -50,7 +50,7 @@ def contender_step(contender: str) -> tuple[Callable, Callable]:
         ).logits
 
     def peft_step(batch: dict) -> None:
-        found = logits(batch["input_ids"], batch["attention_mask"], batch["position_ids"])
+        found = logits(batch["input_ids"], batch.get("attention_mask"), batch["position_ids"])
         loss = cross_entropy(found, batch["labels"]) / labelled_tokens(batch["labels"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -78,7 +78,7 @@ def measure(contender: str, seed: int, steps: int, every: int) -> list[float]:
     def heldout_loss() -> float:
         loss = tokens = 0.0
         for one in Loader(heldout, Batching("packed", 2, 256, shuffle=False)):
-            found = logits(one["input_ids"], one["attention_mask"], one["position_ids"])
+            found = logits(one["input_ids"], one.get("attention_mask"), one["position_ids"])
             loss += float(cross_entropy(found, one["labels"]))
             tokens += int(labelled_tokens(one["labels"]))
         return loss / tokens

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from graphtune.data.collation import attention_mask
 from graphtune.recipes import sft
 from tests.oracles.command_line import changed, graphtune, metrics, trained, write_config
 from tests.oracles.models import assert_same_tensors
@@ -85,7 +86,7 @@ def cosine(step, warmup=1):
 def summed_loss(model, batch, smoothing=0.0, z_loss=0.0):
     logits = model(
         input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
+        attention_mask=attention_mask(batch["position_ids"]),
         position_ids=batch["position_ids"],
         use_cache=False,
     ).logits[:, :-1]
