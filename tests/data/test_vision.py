@@ -6,13 +6,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers import (
-    ProcessorMixin,
-)
+from transformers import ProcessorMixin
 
 from graphtune.data import IGNORE_INDEX, Example
 from graphtune.data.batching import Batching
@@ -22,33 +18,25 @@ from graphtune.data.loader import Loader
 from graphtune.data.messages import Message
 from graphtune.data.vision import ImageInputs, VisionEncoder, collate_images
 from graphtune.errors import UserError
-from tests.oracles.vision_models import FAMILIES, TEMPLATE, qwen2_vl, tokenizer
+from tests.oracles.vision_models import (
+    FAMILIES,
+    TEMPLATE,
+    picture,
+    qwen2_vl,
+    talk,
+    tokenizer,
+    words,
+)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def processor(family: str) -> ProcessorMixin:
     return FAMILIES[family](TEMPLATE)[0]
-
-
-def picture(width: int, height: int, seed: int = 0) -> dict[str, Any]:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return {"type": "image", "image": Image.fromarray(pixels)}
-
-
-def words(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
-
-
-def talk(*turns: Any) -> list[Message]:
-    """What the user and the assistant say in turn; a text, or parts."""
-    roles = ("user", "assistant")
-    return [Message(role=roles[i % 2], content=turn) for i, turn in enumerate(turns)]
 
 
 CONVERSATIONS = {

@@ -1,8 +1,10 @@
-"""Tiny vision-language models of four families, each with its processor."""
+"""Tiny vision-language models of four families, each with its processor, and talk of images."""
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPVisionConfig,
@@ -29,6 +31,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from graphtune.data.messages import Message
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>", "<|image_pad|>"]
 SPECIAL += ["<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<start_of_image>"]
@@ -178,3 +182,18 @@ def gemma3(template: str) -> tuple[ProcessorMixin, Callable[[], PreTrainedModel]
 
 
 FAMILIES = {"llava": llava, "qwen2_vl": qwen2_vl, "idefics3": idefics3, "gemma3": gemma3}
+
+
+def picture(width: int, height: int, seed: int = 0) -> dict[str, Any]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return {"type": "image", "image": Image.fromarray(pixels)}
+
+
+def words(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def talk(*turns: Any) -> list[Message]:
+    """What the user and the assistant say in turn; a text, or parts."""
+    roles = ("user", "assistant")
+    return [Message(role=roles[i % 2], content=turn) for i, turn in enumerate(turns)]
