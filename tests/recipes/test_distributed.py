@@ -1,6 +1,5 @@
 """Runs on two ranks are, up to rounding, the run in one process with the same global batch."""
 
-
 import pytest
 import torch
 
