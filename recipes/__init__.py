@@ -155,7 +155,7 @@ def save_trained(
             folder = run.adapter_dir if len(adapters) == 1 else run.adapter_dir / name
             write_peft(program, folder, adapter=name)
     elif kinds <= {"full", "freeze"}:
-        to_hf(program, run.model_dir, tokenizer=tokenizer, verify=False)
+        to_hf(program, run.model_dir, tokenizer=tokenizer, verify=False, overwrite=True)
     else:
         tensors = {n: p.detach().cpu().contiguous() for n, p in (trained | observed).items()}
         temporary = run.trained_file.with_name(f".{run.trained_file.name}.tmp")
