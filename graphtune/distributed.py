@@ -36,6 +36,7 @@ BATCH_AXES = ("dp_replicate", "dp_shard")  # whose ranks have other batches
 BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # gloo for all others
 
 _mesh: DeviceMesh | None = None
+_joined = False  # whether the process group is ours to leave
 
 
 def start(
@@ -54,7 +55,8 @@ def start(
         device: what this rank computes on.
         dp_replicate, dp_shard, cp, tp: sizes of the axes; -1 for `dp_shard`: all that is left.
         timeout_s: seconds to wait for a rank, at the start and in every collective.
-        facts: what must be the same on all ranks, see `graphtune.roll_call`.
+        facts: what must be the same on all ranks, see `graphtune.roll_call`. A process group that
+            is there already, such as Ray's, is taken as it is.
 
     Returns:
         The mesh; None in a run of one process.
@@ -63,6 +65,7 @@ def start(
         UserError: the sizes do not make up the number of processes; a rank is missing, or of
             another run.
     """
+    global _joined
     rank, ranks = roll_call.world()
     sizes = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "tp": tp}
     _whole_sizes(sizes, ranks)
@@ -79,14 +82,16 @@ def start(
             world_size=ranks,
             timeout=timedelta(seconds=timeout_s),
         )
+        _joined = True
     return make_mesh(device.type, **sizes)
 
 
 def stop() -> None:
-    """Leave the process group, if there is one; afterwards this is a single process."""
-    global _mesh
+    """Undo `start`: leave the process group, unless it was there before; there is no mesh then."""
+    global _mesh, _joined
     _mesh = None
-    if dist.is_initialized():
+    if _joined:
+        _joined = False
         dist.destroy_process_group()
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from graphtune.distributed import is_main, is_spread
+from graphtune.distributed import current_mesh, is_main, is_spread
 from graphtune.errors import UserError
 
 T = TypeVar("T")
@@ -68,7 +68,8 @@ def on_any(*flags: bool) -> list[bool]:
     """Of each flag, whether it is set on any rank."""
     if not is_spread():
         return list(flags)
-    found = torch.tensor(flags, dtype=torch.int32)
+    # On the device: a group that someone else has made may have no other backend.
+    found = torch.tensor(flags, dtype=torch.int32, device=current_mesh("mesh").device_type)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return [bool(one) for one in found.tolist()]
 
