@@ -50,6 +50,13 @@ def cache_file(model: nn.Module) -> Path | None:
 
 
 @cache
+def source_hash() -> str:
+    """Hash of all of graphtune's code."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+@cache
 def _source() -> str:
     """Hash of the code that makes graphs."""
     here = Path(__file__).parent

@@ -13,9 +13,10 @@ A single process has no mesh, and everything here does nothing in it.
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,35 +27,72 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.nn import functional
 
+from graphtune import roll_call
 from graphtune.errors import UserError
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 DATA_AXES = ("dp_replicate", "dp_shard", "cp")
+BATCH_AXES = ("dp_replicate", "dp_shard")  # whose ranks have other batches
 BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # gloo for all others
 
 _mesh: DeviceMesh | None = None
+_joined = False  # whether the process group is ours to leave
 
 
 def start(
-    device: torch.device, *, dp_replicate: int = 1, dp_shard: int = -1, cp: int = 1, tp: int = 1
+    device: torch.device,
+    *,
+    dp_replicate: int = 1,
+    dp_shard: int = -1,
+    cp: int = 1,
+    tp: int = 1,
+    timeout_s: float = 1800,
+    facts: Mapping[str, str] | None = None,
 ) -> DeviceMesh | None:
     """Join the process group that a launcher such as torchrun describes, and make the run's mesh.
 
     Args:
         device: what this rank computes on.
         dp_replicate, dp_shard, cp, tp: sizes of the axes; -1 for `dp_shard`: all that is left.
+        timeout_s: seconds to wait for a rank, at the start and in every collective.
+        facts: what must be the same on all ranks, see `graphtune.roll_call`. A process group that
+            is there already, such as Ray's, is taken as it is.
 
     Returns:
         The mesh; None in a run of one process.
 
     Raises:
-        UserError: the sizes do not make up the number of processes.
+        UserError: the sizes do not make up the number of processes; a rank is missing, or of
+            another run.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    global _joined
+    rank, ranks = roll_call.world()
+    sizes = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "tp": tp}
+    _whole_sizes(sizes, ranks)
+    if ranks == 1:
         return None
     if not dist.is_initialized():
-        dist.init_process_group(BACKENDS.get(device.type, "gloo"))
-    return make_mesh(device.type, dp_replicate=dp_replicate, dp_shard=dp_shard, cp=cp, tp=tp)
+        store = roll_call.connect(timeout_s)
+        roll_call.call(store, facts or {}, timeout_s)
+        own = BACKENDS.get(device.type)
+        dist.init_process_group(
+            f"cpu:gloo,{device.type}:{own}" if own else "gloo",  # gloo for what ranks agree on
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=ranks,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        _joined = True
+    return make_mesh(device.type, **sizes)
+
+
+def stop() -> None:
+    """Undo `start`: leave the process group, unless it was there before; there is no mesh then."""
+    global _mesh, _joined
+    _mesh = None
+    if _joined:
+        _joined = False
+        dist.destroy_process_group()
 
 
 def make_mesh(
@@ -62,17 +100,44 @@ def make_mesh(
 ) -> DeviceMesh:
     """The run's mesh over all processes of the default process group; see `start`."""
     global _mesh
-    world = dist.get_world_size()
-    others = dp_replicate * cp * tp
-    if dp_shard == -1:
-        dp_shard = max(world // others, 1)
-    if others * dp_shard != world or min(dp_replicate, dp_shard, cp, tp) < 1:
-        raise UserError(
-            f"mesh: dp_replicate={dp_replicate} * dp_shard={dp_shard} * cp={cp} * tp={tp} must be "
-            f"the number of processes, {world}"
-        )
-    _mesh = init_device_mesh(device_type, (dp_replicate, dp_shard, cp, tp), mesh_dim_names=AXES)
+    sizes = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "tp": tp}
+    shape = _whole_sizes(sizes, dist.get_world_size())
+    _mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
     return _mesh
+
+
+def _whole_sizes(sizes: Mapping[str, int], ranks: int) -> tuple[int, ...]:
+    """The sizes of all axes; raises UserError if they do not make up the number of ranks."""
+    given = dict(sizes)
+    others = given["dp_replicate"] * given["cp"] * given["tp"]
+    if given["dp_shard"] == -1:
+        given["dp_shard"] = max(ranks // others, 1) if others > 0 else 1
+    if others * given["dp_shard"] != ranks or min(given.values()) < 1:
+        text = " * ".join(f"{axis}={size}" for axis, size in given.items())
+        raise UserError(f"mesh: {text} must be the number of processes, {ranks}")
+    return tuple(given[axis] for axis in AXES)
+
+
+def is_spread() -> bool:
+    """Whether the run has several processes and their mesh."""
+    return _mesh is not None
+
+
+def sums_gradients() -> bool:
+    """Whether there are ranks that see other tokens."""
+    return _mesh is not None and bool(wide(_mesh, DATA_AXES))
+
+
+def data_rank() -> tuple[int, int]:
+    """Which batches this process takes: the how manyth it is, of how many that take others.
+
+    Ranks along `cp` and `tp` share a batch.
+    """
+    if _mesh is None:
+        return 0, 1
+    shards = _mesh["dp_shard"].size()
+    rank = _mesh.get_local_rank("dp_replicate") * shards + _mesh.get_local_rank("dp_shard")
+    return rank, _mesh["dp_replicate"].size() * shards
 
 
 def current_mesh(key: str) -> DeviceMesh:
@@ -200,6 +265,36 @@ class Distribution:
         total = sum(self.sum(totals[axes], sorted(axes)) for axes in sorted(totals, key=sorted))
         return torch.as_tensor(total).sqrt()
 
+    def whole(self, name: str, local: Tensor) -> Tensor:
+        """The whole of a tensor of the program; all ranks must call, and all get it.
+
+        Args:
+            name: of the parameter or buffer.
+            local: it, or what an optimizer keeps for it, in its shape.
+        """
+        local = local.detach()
+        for part in reversed(self.parts.get(name, ())):
+            found = [torch.empty_like(local.contiguous()) for _ in range(part.ranks)]
+            dist.all_gather(found, local.contiguous(), group=self.mesh.get_group(part.axis))
+            parts = [dataclasses.replace(part, rank=rank) for rank in range(part.ranks)]
+            local = part.join(
+                [t.narrow(p.dim, 0, p.stop - p.start) for t, p in zip(found, parts, strict=True)]
+            )
+        return local
+
+    def own(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank has of the whole of a tensor; the inverse of `whole`."""
+        for part in self.parts.get(name, ()):
+            whole = part.padded(part.of(whole))
+        return whole
+
+    def whole_shape(self, name: str, local: torch.Size) -> torch.Size:
+        """The shape of `whole`."""
+        shape = list(local)
+        for part in self.parts.get(name, ()):
+            shape[part.dim] = part.size
+        return torch.Size(shape)
+
     def dtensor(self, name: str, local: Tensor) -> DTensor:
         """The whole of a tensor of the program as a view of this rank's part, without padding.
 
@@ -208,10 +303,9 @@ class Distribution:
             local: it, its gradient, or what an optimizer keeps for it, in its shape.
         """
         parts = {part.axis: part for part in self.parts.get(name, ())}
-        shape = list(local.shape)
+        shape = self.whole_shape(name, local.shape)
         for part in parts.values():
             local = local.narrow(part.dim, 0, part.stop - part.start)
-            shape[part.dim] = part.size
         placements: list[Placement] = [
             ShardPlacement(parts[axis].dim) if axis in parts else Replicate()
             for axis in self.mesh.mesh_dim_names or ()
@@ -222,7 +316,7 @@ class Distribution:
             self.mesh,
             placements,
             run_check=False,
-            shape=torch.Size(shape),
+            shape=shape,
             stride=stride,
         )
 

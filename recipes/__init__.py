@@ -21,14 +21,15 @@ from graphtune.config import (
     validate,
 )
 from graphtune.config import load_config as read_config
+from graphtune.distributed import is_main, is_spread, sums_gradients
 from graphtune.errors import UserError
 from graphtune.export.hf import to_hf
 from graphtune.export.peft import CONFIG, from_peft, write_peft
 from graphtune.models import load_config as load_model_config
 from graphtune.models import load_model, load_tokenizer, resolve_dtype
 from graphtune.models.families import published_config
-from graphtune.passes import Pass, Stage, registry
-from graphtune.passes.adapters import adapter_names
+from graphtune.passes import DataParallel, Pass, Stage, registry
+from graphtune.passes.adapters import adapter_names, adapter_of
 from graphtune.passes.qat import QAT, ranges
 from graphtune.program import Program
 from graphtune.training.device import pick_device
@@ -42,6 +43,11 @@ def make_passes(options: Mapping[str, Mapping[str, Any] | None]) -> list[Pass]:
     Args:
         options: name of a pass, or dotted path of a class, to its options.
 
+    Returns:
+        The passes. In one process those that divide a program over ranks are left out, as there is
+        nothing to divide. In several, ranks that take other batches need `fsdp` or
+        `data_parallel`; where neither is named it is the latter, as users of torchrun expect.
+
     Raises:
         UserError: no such pass or option, or a value that it refuses.
     """
@@ -52,6 +58,10 @@ def make_passes(options: Mapping[str, Mapping[str, Any] | None]) -> list[Pass]:
         if not kind:
             raise UserError(f"`{key}`: there is no pass {name!r}{did_you_mean(name, registry)}")
         made.append(check_options(kind, values or {}, key))
+    if not is_spread():
+        return [one for one in made if one.stage != Stage.DISTRIBUTE]
+    if not {"fsdp", "data_parallel"} & {one.name for one in made} and sums_gradients():
+        made.append(DataParallel())
     return made
 
 
@@ -115,12 +125,26 @@ def check_length(cfg: SFTConfig, config: PretrainedConfig) -> None:
 _LEAVE_NOTHING = {"neftune", "activation_checkpoint", "qat"}
 
 
-def save_trained(program: Program, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+def save_trained(
+    program: Program, tokenizer: PreTrainedTokenizerBase, run: Run, whole: Program | None = None
+) -> None:
     """Save what trained: adapters in PEFT's layout, or a whole model in Hugging Face's.
+
+    Args:
+        program: with what trained. Of one that is spread over ranks, all ranks must call.
+        tokenizer: saved beside a whole model.
+        run: where to.
+        whole: of a program that is spread over ranks, it without weights, before it was.
 
     Where neither can hold it (adapters beside weights that train in full, parameters of a pass
     that only graphtune knows), the trained parameters by name, as safetensors.
     """
+    if program.distribution is not None:
+        assert whole is not None
+        put_together(whole, program)
+        if not run.writes:
+            return
+        program = whole
     trained = {name: p for name, p in program.named_parameters() if p.requires_grad}
     kinds = {row.name for row in program.ledger} - _LEAVE_NOTHING
     if observed := ranges(program):
@@ -131,12 +155,40 @@ def save_trained(program: Program, tokenizer: PreTrainedTokenizerBase, run: Run)
             folder = run.adapter_dir if len(adapters) == 1 else run.adapter_dir / name
             write_peft(program, folder, adapter=name)
     elif kinds <= {"full", "freeze"}:
-        to_hf(program, run.model_dir, tokenizer=tokenizer, verify=False)
+        to_hf(program, run.model_dir, tokenizer=tokenizer, verify=False, overwrite=True)
     else:
         tensors = {n: p.detach().cpu().contiguous() for n, p in (trained | observed).items()}
         temporary = run.trained_file.with_name(f".{run.trained_file.name}.tmp")
         save_file(tensors, temporary, metadata={"format": "pt"})
         temporary.replace(run.trained_file)
+
+
+@torch.no_grad()
+def put_together(whole: Program, program: Program) -> None:
+    """Give a program without weights those of one that is spread over ranks; all ranks must call.
+
+    On rank 0, on the CPU, one after the other; what the others gather they let go of at once. Of
+    adapters the base stays away, as nothing that is saved holds it.
+    """
+    distribution = program.distribution
+    assert distribution is not None
+    adapters = bool(adapter_names(program))
+    places = whole.all_parameters() | {n: b for n, (b, _) in whole.all_buffers().items()}
+    found = program.all_parameters() | {n: b for n, (b, _) in program.all_buffers().items()}
+    done: dict[int, torch.Tensor] = {}  # tied ones are one
+    for name, place in places.items():
+        value = found[name]
+        if distribution.parts.get(name) and id(place) not in done:
+            if adapters and not value.requires_grad and adapter_of(name) is None:
+                continue
+            value = distribution.whole(name, value).to(place.dtype)
+            value = value.cpu() if is_main() else value.new_empty(0)
+            if isinstance(place, torch.nn.Parameter):
+                value = torch.nn.Parameter(value, requires_grad=found[name].requires_grad)
+        path, _, leaf = name.rpartition(".")
+        setattr(whole.get_submodule(path), leaf, done.setdefault(id(place), value))
+    whole.info = program.info
+    whole.deferred = None
 
 
 def load_run(

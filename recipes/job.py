@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import os
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
+from graphtune.capture_cache import source_hash
 from graphtune.config import (
     Component,
     LoaderConfig,
@@ -23,10 +27,17 @@ from graphtune.config import (
     validate,
 )
 from graphtune.data import Batching, Dataset, Loader, StreamingDataset, mix
+from graphtune.distributed import data_rank, start
 from graphtune.errors import UserError
 from graphtune.generation import encode_chat
+from graphtune.losses import (
+    ContextParallelCrossEntropy,
+    Loss,
+    VocabParallelCrossEntropy,
+    cross_entropy,
+)
 from graphtune.models import load_tokenizer
-from graphtune.passes import FusedLoss, Pass, Stage
+from graphtune.passes import ContextParallel, FusedLoss, Pass, Stage, TensorParallel
 from graphtune.program import Program
 from graphtune.recipes import check_length, empty_model, make_passes, origin
 from graphtune.training.checkpoint_files import to_resume
@@ -35,9 +46,10 @@ from graphtune.training.loggers import check_loggers
 from graphtune.training.memory import check_fits, largest_batch
 from graphtune.training.optimizers import OptimizerInBackward
 from graphtune.training.parameter_groups import ParameterGroup, parameter_groups
+from graphtune.training.ranks import gathered
 from graphtune.training.run import Run
 from graphtune.training.schedules import schedule
-from graphtune.training.state import saved_counters
+from graphtune.training.state import leaves, saved_counters
 
 Data = Dataset | StreamingDataset
 
@@ -75,10 +87,13 @@ class Job:
     def loader(self, dataset: Data, batch_size: int, *, train: bool = False) -> Loader:
         """Batches of a data set, on the job's device; in the config's order only to train."""
         options = self.config.loader
+        rank, world = data_rank()
         return Loader(
             dataset,
             batching(options, batch_size, self.config.seed, shuffle=train and options.shuffle),
             pad_token_id=self.tokenizer.pad_token_id,
+            rank=rank,
+            world=world,
             workers=options.workers if train else 0,
             device=self.device,
         )
@@ -106,7 +121,7 @@ def prepare(config: DictConfig) -> Job:
     resume_from = to_resume(cfg.resume, run.checkpoint_dir)
     counters = {} if resume_from is None else saved_counters(resume_from, to_plain(cfg))
     check_loggers(cfg.loggers)
-    device = pick_device(cfg.device)
+    device = rank_device(cfg.device)
     passes = [with_loss_options(one, cfg) for one in make_passes(cfg.passes)]
     empty = empty_model(cfg.model, device)
     check_length(cfg, empty.config)
@@ -128,6 +143,7 @@ def prepare(config: DictConfig) -> Job:
     if cfg.early_stopping and not cfg.validate_every:
         raise UserError("`early_stopping` needs `validate_every`, the steps between validations")
     chosen = cfg.loader.batch_size
+    check_spread(cfg, passes)
     return Job(
         config=cfg,
         device=device,
@@ -140,6 +156,30 @@ def prepare(config: DictConfig) -> Job:
         resume_from=resume_from,
         batch_size=counters.get("batch_size") if chosen == "auto" else chosen,
     )
+
+
+def rank_device(name: str) -> torch.device:
+    """A device by name; of several of a kind, that of this rank on its machine."""
+    device = pick_device(name)
+    if device.type != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+    if device.type != "cpu" and "LOCAL_RANK" in os.environ:
+        torch.accelerator.set_device_index(device)
+    return device
+
+
+def join_ranks(cfg: SFTConfig) -> None:
+    """Meet the other ranks of the run, where a launcher has started several.
+
+    Raises:
+        UserError: on all of them: the mesh does not fit their number, one is missing, or has
+            another config or other code.
+    """
+    sizes = {**to_plain(cfg.mesh), "dp_shard": cfg.mesh.dp_shard or -1}
+    facts = {key: repr(value) for key, value in leaves(to_plain(cfg)) if key != "device"}
+    facts |= {f"version of {name}": version(name) for name in ("graphtune", "torch")}
+    facts["graphtune's code"] = source_hash()
+    start(rank_device(cfg.device), facts=facts, **sizes)
 
 
 def with_loss_options(one: Pass, cfg: SFTConfig) -> Pass:
@@ -165,6 +205,40 @@ def has_ended(config: DictConfig) -> bool:
     was = validate(load_config(str(run.config_file)), SFTConfig)
     limits = ("epochs", "max_steps", "early_stopping")
     return all(getattr(was, name) == getattr(cfg, name) for name in limits)
+
+
+def check_spread(cfg: SFTConfig, passes: list[Pass]) -> None:
+    """Raise UserError for what a rank that has a part of the model or of a row cannot do."""
+    names = {one.name for one in passes}
+    if cfg.samples is not None and names & {"fsdp", "tensor_parallel", "context_parallel"}:
+        raise UserError(
+            "`samples` need the whole model on a rank; set it to null, or take data_parallel"
+        )
+    for one in passes:
+        apart = one.name == "context_parallel" or not getattr(one, "gather_logits", True)
+        if apart and "fused_loss" in names:
+            raise UserError(
+                f"`passes.fused_loss` needs all logits, which `passes.{one.name}` divides"
+            )
+
+
+def loss_of(cfg: SFTConfig, passes: list[Pass], *, plain: bool = False) -> Loss:
+    """The loss of the logits that a rank has.
+
+    Args:
+        plain: without the config's `label_smoothing` and `z_loss`.
+    """
+    smoothing, z_loss = (0.0, 0.0) if plain else (cfg.label_smoothing, cfg.z_loss)
+    for one in passes:
+        if isinstance(one, ContextParallel):
+            return ContextParallelCrossEntropy(label_smoothing=smoothing, z_loss=z_loss)
+        if isinstance(one, TensorParallel) and not one.gather_logits:
+            if smoothing:
+                raise UserError(
+                    "`label_smoothing` needs all logits: set `passes.tensor_parallel.gather_logits`"
+                )
+            return VocabParallelCrossEntropy(z_loss=z_loss)
+    return functools.partial(cross_entropy, label_smoothing=smoothing, z_loss=z_loss)
 
 
 def check_samples(
@@ -244,7 +318,9 @@ def choose_batch_size(job: Job, program: Program) -> int:
     trained = sum(parameter.numel() for parameter in program.trainable_parameters())
     extra = 0 if cfg.ema_decay is None else 4 * trained
     if job.batch_size is None:
-        return largest_batch(program, shape, job.device, extra=extra, optimizer=optimizer)
+        return min(
+            gathered(largest_batch(program, shape, job.device, extra=extra, optimizer=optimizer))
+        )
     check_fits(
         program,
         shape(job.batch_size),

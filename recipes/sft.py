@@ -5,7 +5,6 @@ Full fine-tuning, LoRA, quantized bases and whatever comes differ only by the pa
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -16,14 +15,18 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from torch.distributed import get_rank
 
 from graphtune.capture import capture
-from graphtune.config import to_plain, to_yaml
+from graphtune.config import SFTConfig, to_plain, to_yaml
+from graphtune.config import validate as validate_config
 from graphtune.data import Batch, Loader
+from graphtune.distributed import data_rank, is_main, is_spread
+from graphtune.distributed import stop as leave_ranks
 from graphtune.engine import NotFinite, TrainStep, compile_step, save_batches
 from graphtune.generation import encode_chat, generate, stop_ids
-from graphtune.losses import cross_entropy
-from graphtune.passes import FusedLoss, optimized
+from graphtune.losses import Loss
+from graphtune.passes import FusedLoss, Stage, optimized
 from graphtune.passes.qat import at_step
 from graphtune.program import Program
 from graphtune.recipes import save_trained
@@ -33,6 +36,8 @@ from graphtune.recipes.job import (
     choose_batch_size,
     goes_on_in_place,
     has_ended,
+    join_ranks,
+    loss_of,
     make_optimizer,
     make_scheduler,
     prepare,
@@ -46,6 +51,7 @@ from graphtune.training.loggers import Loggers
 from graphtune.training.memory import explaining_out_of_memory
 from graphtune.training.profiling import StepProfiler
 from graphtune.training.progress import TrainingProgress
+from graphtune.training.ranks import main_first, on_any, same
 from graphtune.training.results import print_results
 from graphtune.training.run import Run
 from graphtune.training.signals import StopSignals
@@ -53,11 +59,12 @@ from graphtune.training.state import TrainState
 from graphtune.training.throughput import Meter, totals
 from graphtune.weights import load_weights
 
+DISTRIBUTED = True  # trains in as many processes as a launcher starts
 NO_PROFILE = {"start": 0, "steps": 0}
 
 
 def run(config: DictConfig) -> Run:
-    """Train as the config says.
+    """Train as the config says; in one process, or in each of those that a launcher has started.
 
     Returns:
         The run's folder: config, metrics, loss curve, summary and what was trained.
@@ -67,7 +74,16 @@ def run(config: DictConfig) -> Run:
             not fit into memory, before weights are loaded.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when the run has been saved.
     """
-    console = Console(highlight=False)
+    join_ranks(validate_config(config, SFTConfig))
+    try:
+        return run_on_rank(config)
+    finally:
+        leave_ranks()
+
+
+def run_on_rank(config: DictConfig) -> Run:
+    """What every rank does; rank 0 alone writes."""
+    console = Console(highlight=False, quiet=not is_main())
     if has_ended(config):
         console.print(
             f"the run in {config.output_dir} has ended; to train on, raise `max_steps` or `epochs`"
@@ -75,12 +91,18 @@ def run(config: DictConfig) -> Run:
         return Run(config.output_dir)
     clock = Clock(console)
     with clock.phase("prepare", "reading config and data"):
-        job = prepare(config)
+        job = main_first(lambda: prepare(config))
+        same(
+            job.resume_from and job.resume_from.name,
+            "ranks see other checkpoints: `output_dir` must be on a disk that all machines share",
+        )
     cfg = job.config
     seed_everything(cfg.seed, cfg.deterministic)
     with clock.phase("capture", "capturing the graph"):
-        program = capture(job.empty)
+        program = main_first(lambda: capture(job.empty))  # the others find it in the cache
     with clock.phase("passes", "applying passes"):
+        undivided = [one for one in job.model_passes if one.stage < Stage.DISTRIBUTE]
+        whole = program.apply(*undivided) if is_spread() else None  # to be saved
         program = program.apply(*job.model_passes)
     with clock.phase("memory", "estimating memory"):
         batch_size = choose_batch_size(job, program.apply(*job.step_passes))
@@ -88,7 +110,8 @@ def run(config: DictConfig) -> Run:
         make_scheduler(make_optimizer(program, cfg), cfg, job.steps(loader))  # fails here, or never
     with clock.phase("load", "loading weights"):
         program = load_weights(program, device=job.device, **job.origin)
-    run = Run.create(cfg.output_dir, to_yaml(cfg), resume=goes_on_in_place(cfg))
+    seed_rank(cfg.seed)
+    run = Run.create(cfg.output_dir, to_yaml(cfg), resume=goes_on_in_place(cfg), writes=is_main())
 
     with explaining_out_of_memory(batch_size, cfg.loader.length):
         training = set_up(program, job, loader)
@@ -106,9 +129,10 @@ def run(config: DictConfig) -> Run:
         try:
             interrupted = train(training, run, clock, console)
         except Exception:  # in the middle of the night: keep what was learned until then
-            save(training, run, clock)
+            if not is_spread():  # else other ranks may not be there any more
+                save(training, run, clock, whole)
             raise
-        save(training, run, clock)
+        save(training, run, clock, whole)
         if interrupted:
             raise KeyboardInterrupt
         with clock.phase("evaluate", "evaluating after training"):
@@ -138,6 +162,7 @@ class Training:
     loader: Loader
     steps: int
     state: TrainState  # of all of the above
+    evaluation_loss: Loss
 
     def evaluating(self, data: Data) -> Iterator[Batch]:
         """One epoch of a data set that is not trained on."""
@@ -155,7 +180,7 @@ def set_up(program: Program, job: Job, loader: Loader) -> Training:
     optimizer = make_optimizer(program, cfg)
     scheduler = make_scheduler(optimizer, cfg, steps)
     ema = None if cfg.ema_decay is None else EMA(program.named_parameters(), cfg.ema_decay)
-    loss = functools.partial(cross_entropy, label_smoothing=cfg.label_smoothing, z_loss=cfg.z_loss)
+    loss = loss_of(cfg, job.passes)
     step = compile_step(
         trained, optimizer, compile=cfg.compile, clip_grad_norm=cfg.clip_grad_norm, loss=loss
     )
@@ -166,7 +191,19 @@ def set_up(program: Program, job: Job, loader: Loader) -> Training:
     )
     state.counters["batch_size"] = loader.batching.batch_size  # if it was chosen, it stays
     evaluated = program.apply(*plain)
-    return Training(job, program, evaluated, optimizer, scheduler, ema, step, loader, steps, state)
+    return Training(
+        job=job,
+        program=program,
+        evaluated=evaluated,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        ema=ema,
+        step=step,
+        loader=loader,
+        steps=steps,
+        state=state,
+        evaluation_loss=loss_of(cfg, job.passes, plain=True),
+    )
 
 
 def warm_up(training: Training) -> None:
@@ -197,15 +234,17 @@ def train(training: Training, run: Run, clock: Clock, console: Console) -> bool:
     meter = Meter(training.program, state.counters, training.job.device)
     with ExitStack() as stack:
         stack.enter_context(clock.phase("train", "training"))
-        loggers = Loggers(cfg.loggers, run.folder, to_plain(cfg))
+        loggers = Loggers(cfg.loggers if run.writes else {}, run.folder, to_plain(cfg))
         stack.callback(loggers.close)
         checkpoints = Checkpointer(run.checkpoint_dir, **to_plain(cfg.checkpoint))
         stack.enter_context(checkpoints)
         stop = stack.enter_context(StopSignals(console.print))
         progress = stack.enter_context(TrainingProgress(training.steps, console))
-        profiler = StepProfiler(run.folder / "profile.json", **to_plain(cfg.profile or NO_PROFILE))
+        profile = to_plain(cfg.profile or NO_PROFILE) if run.writes else NO_PROFILE
+        profiler = StepProfiler(run.folder / "profile.json", **profile)
         stack.callback(profiler.close)
 
+        stopped = False
         left = 0 if stops_early(training) else max(0, training.steps - state.step)
         groups = micro_batches(training.loader, cfg.epochs, cfg.gradient_accumulation_steps)
         for group in itertools.islice(groups, left):
@@ -219,7 +258,8 @@ def train(training: Training, run: Run, clock: Clock, console: Console) -> bool:
             if cfg.samples and state.step % cfg.samples.every_steps == 0:
                 write_samples(training, run, console)
             enough = stops_early(training)
-            last = enough or stop.requested or state.step == training.steps
+            stopped, due = on_any(stop.requested, checkpoints.due(state.step))
+            last = enough or stopped or state.step == training.steps
             if last or heldout is not None or state.step % cfg.log_every == 0:
                 run.log({"step": state.step, **metrics})
                 loggers.log(state.step, metrics)
@@ -232,18 +272,18 @@ def train(training: Training, run: Run, clock: Clock, console: Console) -> bool:
                     eta_s=spent * (training.steps - state.step),
                 )
             is_ranked = heldout is not None and cfg.checkpoint.keep_best > 0
-            if checkpoints.due(state.step) or is_ranked:
+            if due or is_ranked:
                 checkpoints.save(state, metric=heldout)
             if enough:
                 console.print(f"stopping early: no new best in {cfg.early_stopping}")
-            if enough or stop.requested:
+            if enough or stopped:
                 break
         else:
             if state.step < training.steps and left:
                 console.print(f"the data ended before step {training.steps}")
-        if stop.requested or cfg.checkpoint.every_steps or cfg.checkpoint.every_minutes:
+        if stopped or cfg.checkpoint.every_steps or cfg.checkpoint.every_minutes:
             checkpoints.save(state)  # also at the end: to train on from there
-    return stop.requested
+    return stopped
 
 
 def micro_batches(loader: Loader, epochs: int, size: int) -> Iterator[list[Batch]]:
@@ -271,7 +311,8 @@ def take_step(training: Training, group: list[Batch], run: Run) -> dict[str, Any
     try:
         metrics: dict[str, Any] = training.step(group, loss_limit=limit)
     except NotFinite as error:
-        path = run.folder / f"bad_batch_step_{state.step + 1}.safetensors"
+        of_rank = f"_rank_{get_rank()}" if is_spread() else ""
+        path = run.folder / f"bad_batch_step_{state.step + 1}{of_rank}.safetensors"
         save_batches(group, path)
         raise RuntimeError(f"step {state.step + 1}: {error}; its batch is in {path}") from error
     state.step += 1
@@ -314,10 +355,13 @@ def evaluate(training: Training, *, retention: bool = True) -> dict[str, float]:
     with evaluation_weights(training.optimizer, training.ema):
         if job.dataset_val is not None:
             batches = training.evaluating(job.dataset_val)
-            results["heldout_loss"] = evaluate_loss(training.evaluated, batches)
+            results["heldout_loss"] = evaluate_loss(
+                training.evaluated, batches, training.evaluation_loss
+            )
         if retention and job.retention is not None:
             batches = training.evaluating(job.retention)
-            results["retention_perplexity"] = math.exp(evaluate_loss(training.evaluated, batches))
+            loss = evaluate_loss(training.evaluated, batches, training.evaluation_loss)
+            results["retention_perplexity"] = math.exp(loss)
     return results
 
 
@@ -325,6 +369,8 @@ def write_samples(training: Training, run: Run, console: Console) -> None:
     """Answer the config's prompts, to the console and `samples.jsonl`."""
     options, tokenizer = training.job.config.samples, training.job.tokenizer
     assert options is not None
+    if not run.writes:
+        return
     stop = stop_ids(training.program, tokenizer)
     with evaluation_weights(training.optimizer, training.ema):
         for prompt in options.prompts:
@@ -340,9 +386,16 @@ def write_samples(training: Training, run: Run, console: Console) -> None:
             console.print(f"{prompt!r} → {answer!r}", markup=False)
 
 
-def save(training: Training, run: Run, clock: Clock) -> None:
+def seed_rank(seed: int) -> None:
+    """Let ranks with other batches draw other random numbers, once the model is the same on all."""
+    place, _ = data_rank()
+    if place > 0:
+        seed_everything((seed + 1_000_003 * place) % 2**32)
+
+
+def save(training: Training, run: Run, clock: Clock, whole: Program | None) -> None:
     """What was trained, in the layout that others read, where there is one for it."""
     with clock.phase("save", "saving"), evaluation_weights(training.optimizer, training.ema):
-        save_trained(training.program, training.job.tokenizer, run)
+        save_trained(training.program, training.job.tokenizer, run, whole)
         if run.metrics():
             run.plot_loss()

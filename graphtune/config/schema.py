@@ -46,6 +46,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the processes of a run are laid out; their number is what a launcher starts."""
+
+    dp_replicate: int = option("replicas of what `dp_shard` ranks have together", 1, at_least=1)
+    dp_shard: int | None = option(
+        "ranks with other batches, over which fsdp shards; null: all that are left",
+        None,
+        at_least=1,
+    )
+    cp: int = option("ranks that share a row's tokens (passes.context_parallel)", 1, at_least=1)
+    tp: int = option("ranks that share a matrix product (passes.tensor_parallel)", 1, at_least=1)
+    timeout_s: float = option("seconds to wait for a rank", 1800.0, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """How examples become batches; each mode has few distinct shapes, for each of which a step is
     compiled once."""
@@ -145,6 +160,7 @@ class SFTConfig:
     passes: dict[str, dict[str, Any] | None] = option(
         "pass name, or dotted path of a pass -> its options", factory=dict
     )
+    mesh: MeshConfig = option("processes, where there are several", factory=MeshConfig)
 
     dataset: Component | list[Component] = option(
         "data to train on; of a list, each data set may have a `weight`, its share of the examples"

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from safetensors import SafetensorError
 
+from graphtune.distributed import is_main
 from graphtune.errors import UserError
 from graphtune.training.checkpoint_files import (
     PREFIX,
@@ -27,6 +28,7 @@ from graphtune.training.checkpoint_files import (
     sync,
     write_files,
 )
+from graphtune.training.ranks import from_main
 
 _MARGIN = 16 * 2**20  # bytes of disk beyond the tensors: JSON, and what others write meanwhile
 
@@ -41,6 +43,8 @@ class HasSnapshot(Protocol):
 
 class Checkpointer:
     """Writes a run's checkpoints; one for each run that is going on.
+
+    Of several ranks all have one and call `save`; rank 0 writes.
 
     Use as a context manager: leaving it waits for what is being written, and tells its error.
     """
@@ -77,6 +81,8 @@ class Checkpointer:
         self._threads = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[None] | None = None
         self._last = time.monotonic()
+        if not is_main():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f".{PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -112,9 +118,11 @@ class Checkpointer:
         self.wait()
         self._last = time.monotonic()
         path = self.folder / f"{PREFIX}{state.step:08d}"
-        if path.exists() and damage(path) is None:
+        if from_main(is_main() and path.exists() and damage(path) is None):
             return
         snapshot = state.snapshot()
+        if not is_main():
+            return
         bytes_needed = sum(tensor.nbytes for tensor in snapshot.tensors.values())
         self._check_space(bytes_needed + (snapshot.trained_bytes if export else 0))
         temporary = self.folder / f".{path.name}.tmp"

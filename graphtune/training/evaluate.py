@@ -5,27 +5,38 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from graphtune.losses import labelled_tokens, loss_sum, with_rows
+from graphtune.losses import Loss, cross_entropy, labelled_tokens, loss_sum, with_rows
 from graphtune.program import Program
 
 
 @torch.no_grad()
-def evaluate_loss(program: Program, batches: Iterable[Mapping[str, Tensor]]) -> float:
+def evaluate_loss(
+    program: Program, batches: Iterable[Mapping[str, Tensor]], loss: Loss = cross_entropy
+) -> float:
     """Mean cross entropy over all labelled tokens of the batches, in nats per token; weighted, if
     batches have `weights`.
 
     Runs the graph operator by operator: two passes over a held-out set rarely pay for
-    compiling a second graph. Dropout is off.
+    compiling a second graph. Dropout is off. Ranks that have other batches each take as many, and
+    get the mean over all of them.
+
+    Args:
+        program: gives logits, or their loss.
+        batches: see `TrainStep`.
+        loss: of the logits, summed over the tokens.
     """
     was_training = program.training
     program.eval()
     device = next(program.parameters()).device
-    loss, tokens = 0.0, 0.0
+    total, tokens = 0.0, 0.0
     try:
         for batch in batches:
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-            loss += loss_sum(program, with_rows(program, on_device)).item()
+            total += loss_sum(program, with_rows(program, on_device), loss).item()
             tokens += labelled_tokens(on_device["labels"], on_device.get("weights")).item()
     finally:
         program.train(was_training)
-    return loss / tokens if tokens else 0.0
+    if program.distribution is not None:
+        sums = torch.tensor([total, tokens], dtype=torch.float64, device=device)
+        total, tokens = program.distribution.sum(sums).tolist()
+    return total / tokens if tokens else 0.0

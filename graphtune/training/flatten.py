@@ -8,7 +8,7 @@ states, is taken apart by its `__tensor_flatten__`, down to plain tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graphtune.errors import UserError
 
+Change = Callable[[str, Tensor], Tensor]  # of a tensor with a path
 
-def flatten(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+
+def _as_it_is(path: str, value: Tensor) -> Tensor:
+    return value
+
+
+def flatten(value: Any, tensors: dict[str, Tensor], path: str, change: Change = _as_it_is) -> Any:
     """`value` as JSON.
 
     Args:
@@ -26,6 +32,7 @@ def flatten(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         tensors: every tensor within is put here as a copy on the CPU, contiguous, under its
             path: later changes of `value` do not reach it.
         path: of `value`; what lies within appends `/key`.
+        change: what to keep in a tensor's place, on the same device.
 
     Raises:
         UserError: a value of another type, which nothing but code could make again.
@@ -35,16 +42,18 @@ def flatten(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, Tensor):
-        return _flatten_tensor(value, tensors, path)
+        return _flatten_tensor(value, tensors, path, change)
     if isinstance(value, torch.dtype):
         return {"$dtype": str(value).removeprefix("torch.")}
     if isinstance(value, list | tuple):
-        items = [flatten(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]
+        items = [flatten(item, tensors, f"{path}/{i}", change) for i, item in enumerate(value)]
         if isinstance(value, list):
             return items
         return {"$size" if isinstance(value, torch.Size) else "$tuple": items}
     if isinstance(value, Mapping):
-        pairs = [(key, flatten(item, tensors, f"{path}/{key}")) for key, item in value.items()]
+        pairs = [
+            (key, flatten(item, tensors, f"{path}/{key}", change)) for key, item in value.items()
+        ]
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return dict(pairs)
         return {"$pairs": [[flatten(key, tensors, path), item] for key, item in pairs]}
@@ -54,38 +63,46 @@ def flatten(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     )
 
 
-def unflatten(written: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+def unflatten(
+    written: Any,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    change: Change = _as_it_is,
+) -> Any:
     """What `flatten` was given.
 
     Args:
         written: what it returned.
         tensors: what it collected.
         device: where tensors go that were not on the CPU. All of them are copies.
+        change: what to take in a tensor's place, before it goes there.
 
     Raises:
         UserError: a tensor class that no loaded module defines.
     """
     if isinstance(written, list):
-        return [unflatten(item, tensors, device) for item in written]
+        return [unflatten(item, tensors, device, change) for item in written]
     if not isinstance(written, dict):
         return written
     key: str = next(iter(written), "")
     if not key.startswith("$"):
-        return {name: unflatten(item, tensors, device) for name, item in written.items()}
+        return {name: unflatten(item, tensors, device, change) for name, item in written.items()}
     value = written[key]
     if key == "$float":
         return float(value)
     if key == "$dtype":
         return getattr(torch, value)
     if key == "$tensor":
-        return _unflatten_tensor(value, tensors, device)
+        return _unflatten_tensor(value, tensors, device, change)
     if key == "$subclass":
-        inner = {name: unflatten(one, tensors, device) for name, one in value["inner"].items()}
+        inner = {
+            name: unflatten(one, tensors, device, change) for name, one in value["inner"].items()
+        }
         context = unflatten(value["context"], tensors, device)
         return _subclass(value["class"]).__tensor_unflatten__(
             inner, context, torch.Size(value["size"]), tuple(value["stride"])
         )
-    items = unflatten(value, tensors, device)
+    items = unflatten(value, tensors, device, change)
     return {"$tuple": tuple, "$size": torch.Size, "$pairs": dict}[key](items)
 
 
@@ -102,14 +119,15 @@ def copy_into(target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
 
-def _flatten_tensor(value: Tensor, tensors: dict[str, Tensor], path: str) -> Any:
+def _flatten_tensor(value: Tensor, tensors: dict[str, Tensor], path: str, change: Change) -> Any:
     if is_traceable_wrapper_subclass(value):
         names, context = value.__tensor_flatten__()
         return {
             "$subclass": {
                 "class": f"{type(value).__module__}.{type(value).__qualname__}",
                 "inner": {
-                    name: flatten(getattr(value, name), tensors, f"{path}/{name}") for name in names
+                    name: flatten(getattr(value, name), tensors, f"{path}/{name}", change)
+                    for name in names
                 },
                 "context": flatten(context, tensors, f"{path}/context"),
                 "size": list(value.shape),
@@ -118,6 +136,7 @@ def _flatten_tensor(value: Tensor, tensors: dict[str, Tensor], path: str) -> Any
         }
     if path in tensors:
         raise UserError(f"checkpoint: two tensors have the path {path!r}; rename one")
+    value = change(path, value)
     copy = torch.empty_like(value, device="cpu", requires_grad=False).copy_(value.detach())
     written: dict[str, Any] = {"name": path, "device": value.device.type}
     if not copy.is_contiguous():
@@ -127,13 +146,17 @@ def _flatten_tensor(value: Tensor, tensors: dict[str, Tensor], path: str) -> Any
 
 
 def _unflatten_tensor(
-    written: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device
+    written: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    change: Change,
 ) -> Tensor:
     # A copy even on the CPU: tensors of a file lie in memory at odd addresses, for which
     # vectorized kernels may round otherwise. Strides are kept for the same reason.
-    value = tensors[written["name"]]
+    whole = tensors[written["name"]]
+    value = change(written["name"], whole)
     device = torch.device("cpu") if written["device"] == "cpu" else device
-    if "stride" in written:
+    if "stride" in written and value is whole:
         made = torch.empty_strided(value.shape, written["stride"], dtype=value.dtype, device=device)
     else:
         made = torch.empty(value.shape, dtype=value.dtype, device=device)

@@ -22,22 +22,33 @@ class Run:
     `quantize` made is a program, `model.gt`.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, writes: bool = True) -> None:
+        """
+        Args:
+            folder: of the run.
+            writes: False on all ranks but one: what they would write is the same, and is left out.
+        """
         self.folder = Path(folder)
+        self.writes = writes
 
     @classmethod
-    def create(cls, folder: str | Path, config: str, *, resume: bool = False) -> Run:
+    def create(
+        cls, folder: str | Path, config: str, *, resume: bool = False, writes: bool = True
+    ) -> Run:
         """Start a run, or go on with the one that lies there.
 
         Args:
             folder: made if missing.
             config: the resolved config, as YAML.
             resume: the folder may hold a run already.
+            writes: False to write nothing, and to look at nothing.
 
         Raises:
             UserError: the folder holds files already.
         """
-        run = cls(folder)
+        run = cls(folder, writes=writes)
+        if not writes:
+            return run
         if not resume:
             run.refuse_used()
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +65,8 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Forget what came after a step, when a run goes on from there: lines, and results."""
+        if not self.writes:
+            return
         for file in (self.metrics_file, self.samples_file):
             if file.is_file():
                 kept = [line for line in _lines(file) if line["step"] <= step]
@@ -113,6 +126,8 @@ class Run:
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole or not at all."""
+        if not self.writes:
+            return
         path = self.folder / name
         temporary = path.with_name(f".{name}.tmp")
         temporary.write_text(text, encoding="utf-8")
@@ -128,11 +143,13 @@ class Run:
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append a line to the metrics; it is there even if the process is killed right after."""
-        _append(self.metrics_file, metrics)
+        if self.writes:
+            _append(self.metrics_file, metrics)
 
     def log_sample(self, sample: Mapping[str, Any]) -> None:
         """Append a line to the samples, likewise."""
-        _append(self.samples_file, sample)
+        if self.writes:
+            _append(self.samples_file, sample)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines logged so far."""

@@ -14,14 +14,21 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from graphtune.distributed import data_rank, is_main, is_spread
 from graphtune.engine import plan_hash
 from graphtune.errors import UserError
 from graphtune.program import Program
 from graphtune.training.checkpoint_files import Snapshot, read_checkpoint, read_state
+from graphtune.training.determinism import seed_everything
 from graphtune.training.flatten import copy_into, flatten, unflatten
+from graphtune.training.ranks import gathered
+
+DIVIDE = ("context_parallel", "data_parallel", "fsdp", "tensor_parallel")
+"""Passes that say what a rank has: their number and kind may change, as checkpoints are whole."""
 
 MAY_CHANGE = (
     "checkpoint*",
@@ -30,10 +37,12 @@ MAY_CHANGE = (
     "device",
     "early_stopping*",
     "epochs",
+    "gradient_accumulation_steps",
     "loader.workers",
     "log_every",
     "loggers*",
     "max_steps",
+    "mesh*",
     "output_dir",
     "profile*",
     "resume",
@@ -45,7 +54,8 @@ MAY_CHANGE = (
 """Config keys (patterns) that a resumed run may have otherwise than the run it goes on with.
 
 Where a schedule's shape depends on the number of steps, another number bends it from there on.
-`skip_spikes` is for a run that goes on before the spike that it met.
+`skip_spikes` is for a run that goes on before the spike that it met; gradients are accumulated over
+more batches where there are fewer ranks.
 """
 
 _SMALL = 2**16  # elements of a buffer that is saved in any case
@@ -62,6 +72,9 @@ class Stateful(Protocol):
 @dataclass
 class TrainState:
     """What a run is made of; `snapshot` takes its state, `restore` gives it back.
+
+    Of a run with several ranks all must call both. Rank 0 has the state, put together tensor by
+    tensor, which therefore goes on with any number of ranks; the others' snapshots are empty.
 
     Make it once weights are loaded, from a program that has not been trained yet.
 
@@ -86,6 +99,10 @@ class TrainState:
         self._parameters = {n: p for n, p in self.program.named_parameters() if p.requires_grad}
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._untouched = {n: (id(b), b._version) for n, b in self.program.named_buffers()}
+        self._distribution = getattr(self.program, "distribution", None)
+        self._divided: dict[str, Tensor] = {}
+        if self._distribution is not None and self._distribution.parts:
+            self._divided = self.program.all_parameters() | dict(self.program.named_buffers())
         self._devices = sorted({p.device for p in self._parameters.values()}, key=str)
 
     def snapshot(self) -> Snapshot:
@@ -101,9 +118,14 @@ class TrainState:
             "optimizers": [self._optimizer_state(one) for one in self.optimizers],
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "counters": self.counters,
-            "rng": self._rng_state(),
         }
-        written = {name: flatten(value, tensors, name) for name, value in state.items()}
+        states = gathered(self._rng_state())
+        state["rng"] = states[0]
+        if len(states) > 1:
+            state["rng_of_others"] = states[1:]
+        written = {
+            name: flatten(value, tensors, name, self._whole) for name, value in state.items()
+        }
         description = {
             "graphtune": version("graphtune"),
             "plan": plan_hash(self.program),
@@ -132,21 +154,22 @@ class TrainState:
         device = self._devices[0]
 
         def read(written: Any) -> Any:
-            return unflatten(written, tensors, device)
+            return unflatten(written, tensors, device, self._own)
 
         for name, written in state["parameters"].items():
             parameter = self._parameters[name]
-            copy_into(parameter, unflatten(written, tensors, parameter.device))
+            copy_into(parameter, unflatten(written, tensors, parameter.device, self._own))
         buffers = dict(self.program.named_buffers())
         for name, written in state["buffers"].items():
-            copy_into(buffers[name], unflatten(written, tensors, buffers[name].device))
+            value = unflatten(written, tensors, buffers[name].device, self._own)
+            copy_into(buffers[name], value)
         for optimizer, written in zip(self.optimizers, state["optimizers"], strict=True):
             self._restore_optimizer(optimizer, written, tensors)
         for name, part in self.parts.items():
             part.load_state_dict(read(state["parts"][name]))
         self.step = description["step"]
         self.counters = read(state["counters"])
-        self._restore_rng(read(state["rng"]))
+        self._restore_rng(read([state["rng"], *state.get("rng_of_others", ())]))
 
     def _buffers(self) -> dict[str, Tensor]:
         """Buffers that may be state rather than part of the base model.
@@ -158,7 +181,7 @@ class TrainState:
         return {
             name: buffer
             for name, buffer in self.program.named_buffers()
-            if buffer.numel() <= _SMALL
+            if self._whole_shape(name, buffer).numel() <= _SMALL
             or self._untouched.get(name) != (id(buffer), buffer._version)
         }
 
@@ -168,6 +191,11 @@ class TrainState:
 
     def _optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if _has_own_state(optimizer):
+            if self._distribution is not None and self._distribution.parts:
+                raise UserError(
+                    f"checkpoint: {type(optimizer).__name__} keeps state of its own, which cannot "
+                    "be put together from the ranks'; take AdamW, or `passes.data_parallel`"
+                )
             return {"own": optimizer.state_dict()}
         return {
             "groups": [
@@ -198,7 +226,40 @@ class TrainState:
         optimizer.state.clear()
         for name, values in written["state"].items():
             parameter = self._parameters[name]
-            optimizer.state[parameter] = unflatten(values, tensors, parameter.device)
+            optimizer.state[parameter] = unflatten(values, tensors, parameter.device, self._own)
+
+    # Tensors of which a rank has a part are whole in a checkpoint.
+
+    def _named(self, path: str) -> tuple[str, Tensor] | None:
+        """The divided tensor that a path leads to, or whose optimizer state it leads to."""
+        parts = self._distribution.parts if self._distribution is not None else {}
+        name = next((one for one in path.split("/") if parts.get(one)), None)
+        return None if name is None else (name, self._divided[name])
+
+    def _whole_shape(self, name: str, tensor: Tensor) -> torch.Size:
+        if self._distribution is None:
+            return tensor.shape
+        return self._distribution.whole_shape(name, tensor.shape)
+
+    def _whole(self, path: str, value: Tensor) -> Tensor:
+        if self._distribution is not None and (named := self._named(path)) is not None:
+            name, own = named
+            if value.shape == own.shape:
+                value = self._distribution.whole(name, value)
+            elif value.dim() > 0:
+                raise UserError(
+                    f"checkpoint: {path} has the shape {tuple(value.shape)}, its parameter "
+                    f"{tuple(own.shape)}, so that it cannot be put together from the ranks'; take "
+                    "an optimizer that keeps elementwise state, such as AdamW"
+                )
+        return value if is_main() else value.new_empty(0)
+
+    def _own(self, path: str, value: Tensor) -> Tensor:
+        if self._distribution is not None and (named := self._named(path)) is not None:
+            name, own = named
+            if value.shape == self._whole_shape(name, own):
+                return self._distribution.own(name, value)
+        return value
 
     # Random numbers: of Python, numpy, torch's CPU, and the devices that parameters lie on (to
     # ask the others would allocate memory on them).
@@ -216,7 +277,15 @@ class TrainState:
             ],
         }
 
-    def _restore_rng(self, state: Mapping[str, Any]) -> None:
+    def _restore_rng(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on with this rank's; of another number of ranks only the first one's has a place."""
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_spread() else (0, 1)
+        place, _ = data_rank()
+        if len(states) != ranks and place > 0:
+            seed = self.config.get("seed", 0) + 1_000_003 * self.step + place
+            seed_everything(seed % 2**32)
+            return
+        state = states[rank if len(states) == ranks else 0]
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
@@ -228,10 +297,14 @@ class TrainState:
         """What must be the same in a run that goes on with this one's state."""
         return {
             "config": _plain(self.config),
-            "passes": [[row.name, _plain(row.options)] for row in self.program.ledger],
+            "passes": [
+                [row.name, _plain(row.options)]
+                for row in self.program.ledger
+                if row.name not in DIVIDE
+            ],
             "devices": [device.type for device in self._devices],
             "parameters": {
-                name: f"{str(p.dtype).removeprefix('torch.')} {list(p.shape)}"
+                name: f"{str(p.dtype).removeprefix('torch.')} {list(self._whole_shape(name, p))}"
                 for name, p in self._parameters.items()
             },
             "optimizers": [
@@ -248,8 +321,8 @@ class TrainState:
         _refuse_another(saved["identity"], self._identity(), folder)
         if saved["plan"] != plan_hash(self.program):
             warnings.warn(
-                f"{folder} was written by graphtune {saved['graphtune']}; with "
-                f"{version('graphtune')} the run may not go on bit for bit",
+                f"{folder} was written by graphtune {saved['graphtune']}, or on other ranks; with "
+                f"{version('graphtune')} and these the run may not go on bit for bit",
                 stacklevel=3,
             )
 
@@ -273,13 +346,14 @@ def saved_counters(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_another(was: Any, now: Any, folder: Path) -> None:
     """Raise UserError, with what differs, if `now` cannot go on where `was` was."""
-    was, now = dict(_leaves(was)), dict(_leaves(now))
+    was, now = dict(leaves(was)), dict(leaves(now))
+    may_change = (*MAY_CHANGE, *(f"passes.{name}*" for name in DIVIDE))
     different = [
         f"`{key.removeprefix('config.')}` was {was.get(key, 'absent')!r}, "
         f"is {now.get(key, 'absent')!r}"
         for key in {**was, **now}
         if was.get(key) != now.get(key)
-        and not any(fnmatch.fnmatchcase(key, f"config.{pattern}") for pattern in MAY_CHANGE)
+        and not any(fnmatch.fnmatchcase(key, f"config.{pattern}") for pattern in may_change)
     ]
     if different:
         more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
@@ -299,7 +373,8 @@ def _plain(options: Any) -> Any:
     return json.loads(json.dumps(options, default=str))
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested mappings and lists hold, with its keys joined by dots."""
     items: Any = ()
     if isinstance(value, dict):
         items = value.items()
@@ -308,4 +383,4 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if not items:
         yield path, value
     for key, item in items:
-        yield from _leaves(item, f"{path}.{key}" if path else str(key))
+        yield from leaves(item, f"{path}.{key}" if path else str(key))

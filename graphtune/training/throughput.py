@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from graphtune.data import Batch, count_tokens
+from graphtune.distributed import BATCH_AXES, data_rank, size
 from graphtune.program import Program
 from graphtune.sites import find_sites
 from graphtune.training.device import peak_memory
@@ -70,6 +71,9 @@ def totals(counters: Mapping[str, Any]) -> dict[str, float]:
 class Meter:
     """Measures steps: how fast they are, and with how much memory.
 
+    Tokens are those of all ranks, memory is this one's; `mfu` and `tflops` those of one
+    on average.
+
     Args:
         program: what takes them.
         counters: to which `tokens` that are not padding and `seconds` are added.
@@ -79,6 +83,7 @@ class Meter:
     def __init__(self, program: Program, counters: dict[str, Any], device: torch.device) -> None:
         self.counters = counters
         self.device = device
+        self.distribution = program.distribution
         self.flops = flops_per_token(program)
         self.peak = peak_flops(device, next(program.parameters()).dtype)
 
@@ -92,13 +97,18 @@ class Meter:
         tokens = sum(count_tokens(one) for one in group)
         labelled = sum(int((one["labels"] >= 0).sum()) for one in group)
         slots = sum(one["input_ids"].numel() for one in group)
+        ranks = 1
+        if self.distribution is not None:
+            counts = torch.tensor([tokens, labelled, slots], device=self.device)
+            tokens, labelled, slots = self.distribution.sum(counts, BATCH_AXES).tolist()
+            ranks = size(self.distribution.mesh, "cp") * data_rank()[1]
         self.counters["tokens"] = self.counters.get("tokens", 0) + tokens
         self.counters["seconds"] = self.counters.get("seconds", 0.0) + seconds
         figures |= {
             "tokens_per_s": tokens / seconds,
             "labelled_tokens_per_s": labelled / seconds,
             "padding": 1 - tokens / slots,
-            "tflops": self.flops * slots / seconds / 1e12,
+            "tflops": self.flops * slots / seconds / 1e12 / ranks,
             "peak_memory_bytes": peak_memory(self.device),
         }
         if self.peak is not None:

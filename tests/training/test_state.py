@@ -347,6 +347,6 @@ def test_what_may_change_is_in_the_schema():
     assert fixed == {
         *("recipe", "seed", "model", "passes", "dataset", "loader", "optimizer"),
         *("parameter_groups", "lr_scheduler", "optimizer_in_backward", "ema_decay"),
-        *("gradient_accumulation_steps", "clip_grad_norm", "label_smoothing", "z_loss"),
+        *("clip_grad_norm", "label_smoothing", "z_loss"),
         "deterministic",
     }

@@ -1,0 +1,80 @@
+"""What the ranks of a run agree on, so that none waits for another forever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from graphtune.distributed import current_mesh, is_main, is_spread
+from graphtune.errors import UserError
+
+T = TypeVar("T")
+
+
+def main_first(work: Callable[[], T]) -> T:
+    """Let rank 0 do what leaves something in a cache, then all others, which find it there.
+
+    The work must have no collectives.
+
+    Raises:
+        UserError: on every rank, what it raised on one.
+    """
+    if not is_spread():
+        return work()
+    result: Any = None
+    for turn in (True, False):
+        failure: Exception | None = None
+        if is_main() == turn:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        _raise_together(failure)
+    return result
+
+
+def _raise_together(failure: Exception | None) -> None:
+    text = None if failure is None else f"{type(failure).__name__}: {failure}"
+    said = str(failure) if isinstance(failure, UserError) else text
+    for rank, message in enumerate(gathered(said)):
+        if failure is not None:
+            raise failure
+        if message is not None:
+            raise UserError(f"rank {rank}: {message}")
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each rank gives, by rank; small things that can be pickled."""
+    if not is_spread():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if not is_spread():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def on_any(*flags: bool) -> list[bool]:
+    """Of each flag, whether it is set on any rank."""
+    if not is_spread():
+        return list(flags)
+    # On the device: a group that someone else has made may have no other backend.
+    found = torch.tensor(flags, dtype=torch.int32, device=current_mesh("mesh").device_type)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [bool(one) for one in found.tolist()]
+
+
+def same(value: Any, otherwise: str) -> None:
+    """Raise UserError, saying `otherwise`, on every rank if a value differs among them."""
+    if any(one != value for one in from_main(gathered(value))):
+        raise UserError(otherwise)
