@@ -175,7 +175,7 @@ def set_up(program: Program, job: Job, loader: Loader) -> Training:
     planned = program.apply(*job.step_passes)
     trained = optimized(planned) if cfg.compile else planned
     fused = [one for one in job.step_passes if isinstance(one, FusedLoss)]
-    plain = [FusedLoss(one.chunks, backward=False) for one in fused]
+    evaluated = program.apply(*(FusedLoss(one.chunks, backward=False) for one in fused))
     steps = job.steps(loader)
     optimizer = make_optimizer(program, cfg)
     scheduler = make_scheduler(optimizer, cfg, steps)
@@ -190,7 +190,6 @@ def set_up(program: Program, job: Job, loader: Loader) -> Training:
         planned, [optimizer], to_plain(cfg), {k: v for k, v in parts.items() if v is not None}
     )
     state.counters["batch_size"] = loader.batching.batch_size  # if it was chosen, it stays
-    evaluated = program.apply(*plain)
     return Training(
         job=job,
         program=program,
