@@ -87,12 +87,6 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(inner))
 
 
-def partitioner() -> Any:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-
-    return XnnpackPartitioner()
-
-
 def undelegated_matmuls(edge: EdgeProgramManager) -> list[str]:
     """Names of the matrix products with a constant operand that no delegate runs."""
     program = edge.exported_program()
