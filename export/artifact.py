@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from graphtune.errors import UserError
 
 MANIFEST = "manifest.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, largest file
 
 # Largest difference of a logit, where logits reach 10, by the dtype that the program computes in:
 # about 100 units in the last place of such a logit in float32, 1 in the others.
@@ -164,8 +166,13 @@ def artifact(
         yield made
         made._write_manifest()
         _put(partial, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise UserError(
+                f"`out_dir={folder}`: the export does not fit there ({error.strerror}); nothing "
+                "was kept; make room, or name a folder on another disk"
+            ) from error
         raise
 
 

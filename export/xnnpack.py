@@ -19,11 +19,12 @@ _MATMULS = {f"aten.{name}.default" for name in ("linear", "addmm", "mm", "bmm", 
 # Each as a model calls it, and as a captured graph does.
 _ATEN, _FUNCTIONAL = torch.ops.aten, nn.functional
 _SDPA = (_FUNCTIONAL.scaled_dot_product_attention, _ATEN.scaled_dot_product_attention.default)
+_EMBEDDING = (_FUNCTIONAL.embedding, _ATEN.embedding.default)
 _GELU = (_FUNCTIONAL.gelu, _ATEN.gelu.default)
 
 
 class XnnpackForms(TorchFunctionMode):
-    """Traces two operators in a form that XNNPACK runs, and runs rightly.
+    """Traces three operators in a form that XNNPACK and ExecuTorch run, and run rightly.
 
     Attention becomes two `bmm` around a softmax, over an additive mask that layers share:
     PyTorch's own decomposition asks in each layer whether a row of the mask is empty, with
@@ -31,6 +32,9 @@ class XnnpackForms(TorchFunctionMode):
 
     GELU in its tanh form is written out: ExecuTorch 1.4 lowers it as the exact GELU
     (github.com/pytorch/executorch/pull/22851), which is off by up to 5e-4.
+
+    An embedding loses its padding index, which only gradients ask for: with it, ExecuTorch does
+    not know the lookup of a quantized table.
     """
 
     def __init__(self) -> None:
@@ -45,6 +49,8 @@ class XnnpackForms(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if func in _GELU and kwargs.get("approximate") == "tanh":
             return _gelu_tanh(*args)
+        if func in _EMBEDDING:
+            return func(*args[:2])
         return func(*args, **kwargs)
 
     def _attention(
@@ -85,12 +91,6 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     """Hendrycks and Gimpel, Gaussian Error Linear Units (arXiv:1606.08415), section 2."""
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))
     return 0.5 * x * (1 + torch.tanh(inner))
-
-
-def partitioner() -> Any:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-
-    return XnnpackPartitioner()
 
 
 def undelegated_matmuls(edge: EdgeProgramManager) -> list[str]:

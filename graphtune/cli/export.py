@@ -30,8 +30,21 @@ def export(
         ),
     ] = None,
     max_seq_len: Annotated[
-        int, typer.Option(min=2, help="executorch: most tokens that the program takes.")
+        int, typer.Option(min=2, help="executorch: most tokens of a text, prompt and answer.")
     ] = 512,
+    prefill: Annotated[
+        int | None,
+        typer.Option(min=2, help="executorch: most tokens in one call; 128, if not shorter."),
+    ] = None,
+    kv_cache: Annotated[
+        bool, typer.Option(help="executorch: keep keys and values from call to call.")
+    ] = True,
+    backend: Annotated[
+        str, typer.Option(help="executorch: xnnpack, portable, vulkan, coreml, mps or qnn.")
+    ] = "xnnpack",
+    split_weights: Annotated[
+        bool, typer.Option("--ptd", help="executorch: weights in a file of their own, model.ptd.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export that lies there.")
     ] = False,
@@ -54,6 +67,9 @@ def export(
     for name in wanted:
         require(name)
     if "executorch" in wanted:
+        from graphtune.export.executorch_backends import partitioners
+
+        partitioners(backend)  # before anything is loaded
         check_begun(run)
     for name, format in wanted.items():
         folder = Path(run) / name
@@ -73,7 +89,8 @@ def export(
         if name == "peft":
             targets.to_peft(program, folder, **options)
         elif name == "executorch":
-            options |= {"tokenizer": tokenizer, "max_seq_len": max_seq_len}
+            options |= {"tokenizer": tokenizer, "max_seq_len": max_seq_len, "prefill": prefill}
+            options |= {"kv_cache": kv_cache, "backend": backend, "split_weights": split_weights}
             _tell(targets.to_executorch(program, folder, **options))
         else:
             getattr(targets, f"to_{name}")(program, folder, tokenizer=tokenizer, **options)
@@ -103,10 +120,27 @@ def _targets(to: str) -> dict[str, str | None]:
 
 def _tell(report: Any) -> None:
     """What an `ExecutorchReport` says besides its check."""
+    from graphtune.export.device_tokenizer import describe_parity
+
     done, left = report.delegated_nodes, report.undelegated_nodes
     print(f"lowered in {report.lowering_s:.0f} s, {report.size_bytes / 1e6:.0f} MB")
-    print(f"XNNPACK runs {done} of {done + left} operators, in {report.delegates} delegates")
     print(
-        f"loads in {report.load_s:.1f} s, prefill {report.prefill_tokens_per_s:.0f} tokens/s in "
-        "the ExecuTorch runtime"
+        f"{report.backend} runs {done} of {done + left} operators, in {report.delegates} delegates"
     )
+    if report.load_s is None:
+        note(f"not run: the ExecuTorch runtime that is installed here has no {report.backend}")
+    else:
+        decode = report.decode_tokens_per_s
+        print(
+            f"loads in {report.load_s:.1f} s, prefill {report.prefill_tokens_per_s:.0f} tokens/s"
+            + (f", decode {decode:.1f} tokens/s" if decode else "")
+            + " in the ExecuTorch runtime"
+        )
+    if report.greedy_tokens:
+        gap = report.greedy_gap
+        print(
+            f"{report.greedy_equal} of {report.greedy_tokens} greedy tokens are the program's"
+            + (f"; others are at most {gap:.2g} of a logit behind" if gap else "")
+        )
+    if report.tokenizer is not None:
+        print(describe_parity(dict(report.tokenizer)))

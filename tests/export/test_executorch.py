@@ -1,5 +1,5 @@
-"""The file computes what transformers computes, ExecuTorch's own runner can drive it, and a
-file that fails either is not kept."""
+"""Without a cache the file computes what transformers computes, ExecuTorch's own runner can drive
+it, and a file that fails either is not kept."""
 
 import hashlib
 import importlib
@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import graphtune as gt
 from graphtune.errors import UserError
 from graphtune.export import to_executorch
+from graphtune.export.xnnpack import XnnpackForms
 from graphtune.passes import LoRA, Merge
 from tests.oracles.models import FAMILIES, MIXTURES, random_ids, tiny_gpt2, tiny_model
 
@@ -77,6 +78,10 @@ def program(tokenizer):
     return adapted.apply(Merge()).train()
 
 
+def whole(program, folder, **options):
+    return to_executorch(program, folder, kv_cache=False, max_seq_len=MAX_SEQ_LEN, **options)
+
+
 def describe(program):
     return {
         name: (parameter, parameter.requires_grad, parameter.detach().clone())
@@ -93,7 +98,7 @@ def snapshot(program):
 @pytest.fixture(scope="module")
 def report(snapshot, program, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
-    return to_executorch(program, folder, max_seq_len=MAX_SEQ_LEN, tokenizer=tokenizer)
+    return whole(program, folder, tokenizer=tokenizer)
 
 
 @pytest.fixture
@@ -114,11 +119,11 @@ def lower_to(monkeypatch):
     """Replaces the slow lowering by a file that is there already."""
 
     def replace(path):
-        def lower(program, partial, *_):
+        def lower(call, partial, *_):
             shutil.copy(path, partial)
             return 1, {}
 
-        monkeypatch.setattr(module, "_lower", lower)
+        monkeypatch.setattr(module, "lower", lower)
 
     return replace
 
@@ -219,7 +224,7 @@ def test_a_file_that_disagrees_is_not_kept(report, tokenizer, lower_to, tmp_path
     before = {path.name: path.read_bytes() for path in earlier.iterdir()}
     other = gt.capture(tiny_llama(tokenizer, seed=2))
     with pytest.raises(RuntimeError, match=r"a logit differs by \d.*tolerance 0.0001"):
-        to_executorch(other, earlier, max_seq_len=MAX_SEQ_LEN, overwrite=True)
+        whole(other, earlier, overwrite=True)
     assert list(tmp_path.iterdir()) == [earlier]
     assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
 
@@ -228,9 +233,10 @@ def test_a_matrix_product_outside_xnnpack_is_refused(program, monkeypatch, tmp_p
     from executorch.backends.xnnpack.partition.config import AddConfig
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    monkeypatch.setattr(module, "partitioner", lambda: XnnpackPartitioner(configs=[AddConfig]))
+    adds = XnnpackPartitioner(configs=[AddConfig])
+    monkeypatch.setattr(module, "partitioners", lambda backend: [adds])
     with pytest.raises(UserError, match=rf"{7 * LAYERS + 1} matrix products with a weight"):
-        to_executorch(program, tmp_path, max_seq_len=MAX_SEQ_LEN)
+        whole(program, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -238,7 +244,7 @@ def test_a_matrix_product_outside_xnnpack_is_refused(program, monkeypatch, tmp_p
 @pytest.mark.parametrize("family", [*sorted(set(FAMILIES) - set(MIXTURES)), "gpt2"])
 def test_other_families_agree_with_transformers(family, tmp_path):
     model = tiny_gpt2() if family == "gpt2" else tiny_model(family)
-    made = to_executorch(gt.capture(model), tmp_path, max_seq_len=MAX_SEQ_LEN)
+    made = whole(gt.capture(model), tmp_path)
     method = executorch.Runtime.get().load_program(made.path).load_method("forward")
     ids = random_ids(1, 17)
     with torch.no_grad():
@@ -261,7 +267,7 @@ def test_plain_attention_is_attention(options, key_heads):
     query, key, value = (torch.randn(1, heads, 7, 8) for heads in (4, key_heads, key_heads))
     options = {**options, "enable_gqa": key_heads != 4}
     expected = scaled_dot_product_attention(query, key, value, **options)
-    with module.XnnpackForms():
+    with XnnpackForms():
         found = scaled_dot_product_attention(query, key, value, **options)
     torch.testing.assert_close(found, expected)
 
@@ -270,7 +276,7 @@ def test_plain_attention_is_attention(options, key_heads):
 def test_gelu_is_gelu(approximate):
     x = torch.linspace(-6, 6, 1001)
     expected = gelu(x.double(), approximate=approximate).float()
-    with module.XnnpackForms():
+    with XnnpackForms():
         found = gelu(x, approximate=approximate)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 

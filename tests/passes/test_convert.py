@@ -211,12 +211,12 @@ def test_lowered_and_run(wide, tmp_path):
     importlib.import_module("executorch.runtime")
     rules = ["all-linear", {"sites": "*embed_tokens", "scheme": "int4"}]
     integers = trained(wide, QAT(targets=rules), LoRA(rank=2)).apply(Convert())
-    report = to_executorch(integers, tmp_path / "four", max_seq_len=16)
+    report = to_executorch(integers, tmp_path / "four", kv_cache=False, max_seq_len=16)
     assert report.coverage["torchao_quantize_affine_default"] == (7, 0)
     assert report.coverage["aten_linear_default"] == (8, 0)
     assert report.max_abs_diff < 0.05 * report.max_abs_logit
     plain = copy.copy(wide).eval()
-    full = to_executorch(plain, tmp_path / "full", max_seq_len=16)
+    full = to_executorch(plain, tmp_path / "full", kv_cache=False, max_seq_len=16)
     assert report.size_bytes < 0.6 * full.size_bytes
     manifest = json.loads((tmp_path / "four" / "manifest.json").read_text())
     assert manifest["files"]["model.pte"]["bytes"] == report.size_bytes
