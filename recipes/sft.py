@@ -21,7 +21,7 @@ from graphtune.capture import capture
 from graphtune.config import SFTConfig, to_plain, to_yaml
 from graphtune.config import validate as validate_config
 from graphtune.data import Batch, Loader
-from graphtune.distributed import data_rank, is_main, is_spread
+from graphtune.distributed import is_main, is_spread, size
 from graphtune.distributed import stop as leave_ranks
 from graphtune.engine import NotFinite, TrainStep, compile_step, save_batches
 from graphtune.generation import encode_chat, generate, stop_ids
@@ -51,7 +51,7 @@ from graphtune.training.loggers import Loggers
 from graphtune.training.memory import explaining_out_of_memory
 from graphtune.training.profiling import StepProfiler
 from graphtune.training.progress import TrainingProgress
-from graphtune.training.ranks import main_first, on_any, same
+from graphtune.training.ranks import main_first, on_any, same, seed_rank
 from graphtune.training.results import print_results
 from graphtune.training.run import Run
 from graphtune.training.signals import StopSignals
@@ -314,6 +314,8 @@ def take_step(training: Training, group: list[Batch], run: Run) -> dict[str, Any
         path = run.folder / f"bad_batch_step_{state.step + 1}{of_rank}.safetensors"
         save_batches(group, path)
         raise RuntimeError(f"step {state.step + 1}: {error}; its batch is in {path}") from error
+    if training.program.distribution is not None:  # ranks that share rows counted them each
+        metrics["tokens"] //= size(training.program.distribution.mesh, "cp")
     state.step += 1
     skipped = metrics.pop("skipped", 0)
     if spikes:
@@ -383,13 +385,6 @@ def write_samples(training: Training, run: Run, console: Console) -> None:
             answer = "".join(token.text for token in tokens)
             run.log_sample({"step": training.state.step, "prompt": prompt, "answer": answer})
             console.print(f"{prompt!r} → {answer!r}", markup=False)
-
-
-def seed_rank(seed: int) -> None:
-    """Let ranks with other batches draw other random numbers, once the model is the same on all."""
-    place, _ = data_rank()
-    if place > 0:
-        seed_everything((seed + 1_000_003 * place) % 2**32)
 
 
 def save(training: Training, run: Run, clock: Clock, whole: Program | None) -> None:

@@ -54,9 +54,10 @@ def _refuse(message: str) -> NoReturn:
 def launch(options: LaunchOptions, words: Sequence[str]) -> None:
     """Run `graphtune WORDS` in each process, and wait for them.
 
-    Exits as the first process did that failed; each has said why.
+    Exits as the first process did that failed; each has said why. A signal reaches all of them.
     """
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     asked = options.torchrun
@@ -70,3 +71,5 @@ def launch(options: LaunchOptions, words: Sequence[str]) -> None:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         sys.exit(max(failure.exitcode, 1))
+    except SignalException:  # handed on to the processes, which have ended by now
+        sys.exit(130)

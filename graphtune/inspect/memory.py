@@ -133,7 +133,8 @@ def _backward(program: Program, tensors: dict[str, Tensor], inputs: Sequence[Ten
     with recompute_in_backward():  # as the step does where nothing is compiled
         output = torch.func.functional_call(by_region(program).graph_module, tensors, tuple(inputs))
         if "rows" not in program.inputs:
-            output = cross_entropy(output, inputs[0])
+            # A rank's logits may be those of some of the tokens.
+            output = cross_entropy(output, inputs[0][:, : output.shape[1]])
         loss = output.sum() / inputs[0].numel()
         del output
     loss.backward()

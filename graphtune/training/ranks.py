@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from graphtune.distributed import current_mesh, is_main, is_spread
+from graphtune.distributed import current_mesh, data_rank, is_main, is_spread
 from graphtune.errors import UserError
+from graphtune.training.determinism import seed_everything
 
 T = TypeVar("T")
 
@@ -78,3 +79,10 @@ def same(value: Any, otherwise: str) -> None:
     """Raise UserError, saying `otherwise`, on every rank if a value differs among them."""
     if any(one != value for one in from_main(gathered(value))):
         raise UserError(otherwise)
+
+
+def seed_rank(seed: int) -> None:
+    """Let ranks with other batches draw other random numbers, once the model is the same on all."""
+    place, _ = data_rank()
+    if place > 0:
+        seed_everything((seed + 1_000_003 * place) % 2**32)

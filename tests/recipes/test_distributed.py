@@ -138,19 +138,6 @@ def test_what_cannot_work_is_told_on_every_rank(config, tmp_path, words, of_rank
         assert said in " ".join(output.split()), output
 
 
-def test_ranks_of_other_code_are_told(config, tmp_path, monkeypatch):
-    """By the store alone: a second process would have to have another graphtune installed."""
-    from graphtune.errors import UserError
-    from graphtune.roll_call import call
-
-    store = torch.distributed.HashStore()
-    store.set("rank-1", '{"host": "node7", "facts": {"version of torch": "1.0"}}')
-    store.set("read-1", "")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"`version of torch` is 2.0 on rank 0, 1.0 .*node7"):
-        call(store, {"version of torch": "2.0"}, 5)
-
-
 @pytest.mark.slow
 def test_a_rank_is_killed_and_torchrun_starts_the_run_again(steady, tmp_path):
     config = changed(steady, LORA, {"passes": {"fsdp": {}}, "max_steps": 40, "epochs": 10})
