@@ -54,7 +54,7 @@ def run(tmp_path, name, path, *words, ranks=1):
     return folder
 
 
-@pytest.mark.parametrize("trains", ["lora", "full"])
+@pytest.mark.parametrize("trains", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_two_ranks_are_one_process(steady, tmp_path, trains):
     path = write_config(
         tmp_path / "config.yaml", changed(steady, {"lora": LORA, "full": FULL}[trains])
