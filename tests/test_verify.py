@@ -65,7 +65,10 @@ class _AddsUnusedParameter(_Wrong):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (_ChangesLogits, r"wrong: claims the same logits as before, yet they differ by \d"),
+        (
+            _ChangesLogits,
+            r"wrong: claims the same output as before \(exact\), yet they differ by \d",
+        ),
         (_LiesAboutShapes, r"wrong: node mul.*q_proj carries .* and computes"),
         (_LeavesShapesOut, "wrong: node mul.* carries no shape"),
         (_CutsGradients, "wrong: .*q_proj.weight is trainable and gets no gradient"),
@@ -129,5 +132,5 @@ class _RoundsFarTooMuch(_Wrong):
 def test_rounding_is_allowed_to_those_who_say_so_and_nothing_more():
     program = gt.capture(tiny_model("llama"))
     assert _Rounds()(program).ledger[-1].numerics == "rounded"
-    with pytest.raises(VerificationError, match="claims the same logits"):
+    with pytest.raises(VerificationError, match="claims the same output"):
         _RoundsFarTooMuch()(program)
