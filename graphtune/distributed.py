@@ -118,14 +118,20 @@ def _whole_sizes(sizes: Mapping[str, int], ranks: int) -> tuple[int, ...]:
     return tuple(given[axis] for axis in AXES)
 
 
+def _found() -> DeviceMesh | None:
+    """The mesh, while there are the processes that it is of."""
+    return _mesh if dist.is_initialized() else None
+
+
 def is_spread() -> bool:
     """Whether the run has several processes and their mesh."""
-    return _mesh is not None
+    return _found() is not None
 
 
 def sums_gradients() -> bool:
     """Whether there are ranks that see other tokens."""
-    return _mesh is not None and bool(wide(_mesh, DATA_AXES))
+    mesh = _found()
+    return mesh is not None and bool(wide(mesh, DATA_AXES))
 
 
 def data_rank() -> tuple[int, int]:
@@ -133,11 +139,12 @@ def data_rank() -> tuple[int, int]:
 
     Ranks along `cp` and `tp` share a batch.
     """
-    if _mesh is None:
+    mesh = _found()
+    if mesh is None:
         return 0, 1
-    shards = _mesh["dp_shard"].size()
-    rank = _mesh.get_local_rank("dp_replicate") * shards + _mesh.get_local_rank("dp_shard")
-    return rank, _mesh["dp_replicate"].size() * shards
+    shards = mesh["dp_shard"].size()
+    rank = mesh.get_local_rank("dp_replicate") * shards + mesh.get_local_rank("dp_shard")
+    return rank, mesh["dp_replicate"].size() * shards
 
 
 def current_mesh(key: str) -> DeviceMesh:
@@ -146,11 +153,12 @@ def current_mesh(key: str) -> DeviceMesh:
     Raises:
         UserError: there is none; the message names `key`, the option that needs it.
     """
-    if _mesh is None:
+    mesh = _found()
+    if mesh is None:
         raise UserError(
             f"`{key}` needs several processes; start them with --nproc-per-node or torchrun"
         )
-    return _mesh
+    return mesh
 
 
 def is_main() -> bool:
