@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from graphtune.losses import ROW_INPUTS, with_rows
 from graphtune.program import Program
@@ -156,7 +156,7 @@ def _check_same_output(before: Program, after: Program, by: str, numerics: str) 
     if before.inputs.keys() != after.inputs.keys():
         return  # it computes something else; the pass itself knows how to compare
     ids = probe_ids(after)
-    check_close(_eval_output(before, ids), _eval_output(after, ids), by, numerics)
+    check_close(eval_output(before, ids), eval_output(after, ids), by, numerics)
 
 
 def check_close(expected: Tensor, found: Tensor, by: str, numerics: str) -> None:
@@ -189,7 +189,8 @@ def probe_ids(program: Program) -> Tensor:
 
 
 @torch.no_grad()
-def _eval_output(program: nn.Module, ids: Tensor) -> Tensor:
+def eval_output(program: Program, ids: Tensor) -> Tensor:
+    """What a program makes of some ids without dropout or noise; every token is a label."""
     was_training = program.training
     try:
         rows = with_rows(program, {"labels": ids})

@@ -41,10 +41,10 @@ import sys, torch
 sys.modules["graphtune"] = None
 {code}
 for i in range({len(CASES)}):
-    torch.save(run(*torch.load("in%d.pt" % i)), "out%d.pt" % i)
+    torch.save(run(*torch.load("in%d.pt" % i, weights_only=True)), "out%d.pt" % i)
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=folder)
-    return [torch.load(folder / f"out{i}.pt") for i in range(len(CASES))]
+    return [torch.load(folder / f"out{i}.pt", weights_only=True) for i in range(len(CASES))]
 
 
 def model_of(family):

@@ -271,3 +271,14 @@ def test_of_gpt2_and_merged_models() -> None:
     assert_same_step(program, program.apply(FusedLoss(chunks=2)), masked_batch(2, 6, 0.4))
     merged = moved(gt.capture(tiny_model("qwen3")).apply(LoRA(rank=2))).apply(Merge(), Full())
     assert_same_step(merged, merged.apply(FusedLoss(chunks=2)), masked_batch(2, 6, 0.4))
+
+
+def test_dropout_before_the_head_is_no_difference() -> None:
+    program = gt.capture(tiny_model("llama")).apply(LoRA(rank=2, dropout=0.5))
+    moved(program)
+    assert program.training
+    fused = program.apply(FusedLoss(chunks=2))  # which compares both
+    assert fused.training
+    batch = masked_batch(2, 6, 0.4)
+    losses = {loss_sum(fused, with_rows(fused, batch)).item() for _ in range(3)}
+    assert len(losses) == 3  # it still drops
