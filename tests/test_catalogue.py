@@ -13,7 +13,6 @@ from graphtune.passes import registry
 from graphtune.recipes import empty_model, make_passes
 
 DOCS = Path(__file__).parents[1] / "docs"
-SMALL = ["smollm2/135M", "qwen3/0_6B"]
 TRAINS = {"full": r".", "qat": r".", "dora": r"lora_|magnitude", "qdora": r"lora_|magnitude"}
 
 
@@ -50,9 +49,8 @@ def captured(model: str, technique: str) -> None:
     assert all(p.is_meta for p in program.parameters())
 
 
-@pytest.mark.parametrize("model", SMALL)
-def test_small_models_are_captured(model: str) -> None:
-    captured(model, "lora")
+def test_a_small_model_is_captured() -> None:
+    captured("smollm2/135M", "lora")
 
 
 @pytest.mark.slow

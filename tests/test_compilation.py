@@ -131,7 +131,13 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+SLOW = ("full", "qlora")  # variations of the other two
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(one, marks=pytest.mark.slow) if one in SLOW else one for one in METHODS],
+)
 def test_layers_save_what_the_whole_saves(method, not_lowered):
     program, data = llama(4).apply(*METHODS[method], SharedMask()), batch(2, 16)
     own = (*program.parameters(), *program.buffers(), *data.values())

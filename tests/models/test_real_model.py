@@ -14,7 +14,7 @@ from graphtune.models import load_model, load_tokenizer
 from graphtune.models.families import build_model
 from graphtune.program import Program
 
-NEW_TOKENS = 100
+NEW_TOKENS = 40
 QUESTIONS = [
     "What is the capital of France, and what is it known for?",
     "Write a short story about a lighthouse keeper.",

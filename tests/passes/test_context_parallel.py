@@ -21,7 +21,6 @@ CASES = {
     "llama": Case("llama", mesh=TWO),
     "qwen3, lora": Case("qwen3", "lora", mesh=TWO),
     "gemma2, attention by hand and windows": Case("gemma2", mesh=TWO),
-    "gpt2": Case("gpt2", mesh=TWO),
     "wide, qlora": Case("wide", "qlora", mesh=TWO),
 }
 FOUR = {

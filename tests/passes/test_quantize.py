@@ -72,7 +72,7 @@ def kept_weights(program, loss_sum):
     return loss, sum(t.data_ptr() not in frozen for t in large)
 
 
-@pytest.mark.parametrize("kind", [LoRA, DoRA])
+@pytest.mark.parametrize("kind", [LoRA, pytest.param(DoRA, marks=pytest.mark.slow)])
 def test_no_dequantized_weight_is_kept_for_backward(kind):
     program = gt.capture(tiny_llama(False, False, layers=2)).apply(Quantize(), kind(rank=4))
     shake(program)

@@ -26,13 +26,13 @@ CASES = {
     "llama": Case("llama", mesh=TWO),
     "qwen2, sharded logits": Case("qwen2", tensor={"gather_logits": False}, mesh=TWO),
     "qwen3, sequence": Case("qwen3", tensor=SEQUENCE, mesh=TWO),
-    "gemma2, sequence": Case("gemma2", tensor=SEQUENCE, mesh=TWO),
     "phi3, fused": Case("phi3", mesh=TWO),
-    "gpt2": Case("gpt2", mesh=TWO),
-    "qwen2, dora": Case("qwen2", "dora", mesh=TWO),
     "wide, qlora": Case("wide", "qlora", mesh=TWO),
 }
 MORE = {
+    "gemma2, sequence": Case("gemma2", tensor=SEQUENCE, mesh=TWO),
+    "gpt2": Case("gpt2", mesh=TWO),
+    "qwen2, dora": Case("qwen2", "dora", mesh=TWO),
     "gemma2, whole vocabulary": Case("gemma2", tensor={"vocab_parallel": False}, mesh=TWO),
     "phi3, fused, lora, sequence": Case("phi3", "lora", SEQUENCE, TWO),
     "gpt2, lora, sequence": Case("gpt2", "lora", SEQUENCE, TWO),
