@@ -260,6 +260,7 @@ def train(training: Training, run: Run, clock: Clock, console: Console) -> bool:
             stopped, due = on_any(stop.requested, checkpoints.due(state.step))
             last = enough or stopped or state.step == training.steps
             if last or heldout is not None or state.step % cfg.log_every == 0:
+                metrics |= meter.of_ranks()
                 run.log({"step": state.step, **metrics})
                 loggers.log(state.step, metrics)
                 spent = state.counters["seconds"] / state.step

@@ -9,7 +9,7 @@ call that starts a run in it (`wandb.init`, `mlflow.start_run`, ...).
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -186,14 +186,27 @@ class Loggers:
                 first_line = str(error).strip().partition("\n")[0]
                 raise UserError(f"`loggers.{name}` cannot start: {first_line}") from error
 
-    def log(self, step: int, metrics: Metrics) -> None:
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        numbers = dict(_numbers(metrics))
         for logger in self._loggers:
-            logger.log(step, metrics)
+            logger.log(step, numbers)
 
     def close(self) -> None:
         with ExitStack() as stack:
             for logger in self._loggers:
                 stack.callback(logger.close)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float | int]]:
+    """Metrics as trackers take them: of groups `group/name`, of lists the ends of their range."""
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            for below, number in _numbers(value):
+                yield f"{name}/{below}", number
+        elif isinstance(value, Sequence):
+            yield from ((f"{name}/min", min(value)), (f"{name}/max", max(value)))
+        else:
+            yield name, value
 
 
 def _is_installed(module: str) -> bool:

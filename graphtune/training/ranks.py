@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -54,6 +54,16 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gathered_counts(counts: Sequence[int]) -> list[list[int]]:
+    """The counts that each rank gives, by rank; as many from each, in one collective."""
+    if not is_spread():
+        return [list(counts)]
+    own = torch.tensor(counts, dtype=torch.int64, device=current_mesh("mesh").device_type)
+    found = own.new_empty(dist.get_world_size() * len(counts))
+    dist.all_gather_into_tensor(found, own)
+    return found.view(-1, len(counts)).tolist()
 
 
 def from_main(value: T) -> T:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from graphtune.data import Batch, count_tokens
-from graphtune.distributed import BATCH_AXES, data_rank, size
+from graphtune.distributed import BATCH_AXES, data_rank, is_spread, size
 from graphtune.program import Program
 from graphtune.sites import find_sites
 from graphtune.training.device import peak_memory
+from graphtune.training.ranks import gathered_counts
 
 # Dense bfloat16 matrix products, in FLOP/s, by a part of the device's name (vendors' data sheets).
 _PEAK = {
@@ -72,7 +73,7 @@ class Meter:
     """Measures steps: how fast they are, and with how much memory.
 
     Tokens are those of all ranks, memory is this one's; `mfu` and `tflops` those of one
-    on average.
+    on average. `of_ranks` has the figures of each.
 
     Args:
         program: what takes them.
@@ -86,6 +87,7 @@ class Meter:
         self.distribution = program.distribution
         self.flops = flops_per_token(program)
         self.peak = peak_flops(device, next(program.parameters()).dtype)
+        self._own = (0.0, 0, 0)  # of this rank's last step: seconds, tokens, slots for them
 
     @contextmanager
     def timing(self, group: Sequence[Batch]) -> Iterator[dict[str, float]]:
@@ -97,6 +99,7 @@ class Meter:
         tokens = sum(count_tokens(one) for one in group)
         labelled = sum(int((one["labels"] >= 0).sum()) for one in group)
         slots = sum(one["input_ids"].numel() for one in group)
+        self._own = (seconds, tokens, slots)
         ranks = 1
         if self.distribution is not None:
             counts = torch.tensor([tokens, labelled, slots], device=self.device)
@@ -113,3 +116,27 @@ class Meter:
         }
         if self.peak is not None:
             figures["mfu"] = figures["tflops"] * 1e12 / self.peak
+
+    def of_ranks(self) -> dict[str, Any]:
+        """Figures of the last step by rank, where there are several, which must all call.
+
+        Returns:
+            `ranks`: lists, by rank, of `step_s`, `tokens` that are not `padding`, its share of the
+            rank's batches, and `peak_memory_bytes`; and `slowest`, the rank whose step took
+            longest. Ranks wait for each other within a step, so that their times differ little
+            even if one is late.
+        """
+        if not is_spread():
+            return {}
+        seconds, tokens, slots = self._own
+        counts = (round(seconds * 1e6), tokens, slots, peak_memory(self.device))
+        micros, tokens_by_rank, slots_by_rank, peaks = zip(*gathered_counts(counts), strict=True)
+        shares = zip(tokens_by_rank, slots_by_rank, strict=True)
+        figures = {
+            "step_s": [one / 1e6 for one in micros],
+            "tokens": list(tokens_by_rank),
+            "padding": [1 - real / of for real, of in shares],
+            "peak_memory_bytes": list(peaks),
+            "slowest": micros.index(max(micros)),
+        }
+        return {"ranks": figures}

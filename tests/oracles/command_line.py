@@ -18,7 +18,7 @@ from graphtune.cli import main
 from graphtune.training.checkpoint_files import latest, read_checkpoint
 from tests.oracles.models import assert_same_tensors
 
-_CLOCKED = ("tokens_per_s", "tflops", "peak_memory_bytes", "seconds")
+_CLOCKED = ("tokens_per_s", "tflops", "peak_memory_bytes", "seconds", "ranks")
 
 
 def graphtune(*words: object) -> int | str | None:

@@ -66,6 +66,14 @@ def test_two_ranks_are_one_process(steady, tmp_path, trains):
     assert_close(replicated, alone)
     before, after = (lines(one / "metrics.jsonl")[-1] for one in (alone, sharded))
     assert before["padding"] == pytest.approx(after["padding"]), "tokens of all ranks"
+    ranks = after["ranks"]
+    assert all(len(ranks[name]) == 2 for name in ("step_s", "tokens", "peak_memory_bytes"))
+    slots = [
+        real / (1 - part) for real, part in zip(ranks["tokens"], ranks["padding"], strict=True)
+    ]
+    assert 1 - sum(ranks["tokens"]) / sum(slots) == pytest.approx(before["padding"])
+    assert ranks["step_s"][ranks["slowest"]] == max(ranks["step_s"]) > 0
+    assert min(ranks["peak_memory_bytes"]) > 2**20 and "ranks" not in before
 
 
 @pytest.mark.slow

@@ -35,6 +35,13 @@ def test_stdout_and_others_at_once(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {e.step: e.value for e in events.Scalars("loss")} == {1: 2.5, 2: 1.25}
 
 
+def test_figures_of_ranks_are_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loggers = Loggers({"stdout": None}, tmp_path, CONFIG)
+    loggers.log(3, {"loss": 0.5, "ranks": {"tokens": [7, 4, 9], "slowest": 2}})
+    said = "step 3  loss 0.5  ranks/tokens/min 4  ranks/tokens/max 9  ranks/slowest 2"
+    assert capsys.readouterr().out.splitlines() == [said]
+
+
 def test_wandb(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     (tmp_path / "run").mkdir()
