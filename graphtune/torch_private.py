@@ -178,3 +178,23 @@ def group_size(group: str) -> int:
 def group_rank(group: str) -> int:
     """Which of the ranks of a process group this one is, by the group's name; as above."""
     return _resolve_process_group(GroupName(group)).rank()
+
+
+def start_memory_history(device: torch.device) -> bool:
+    """Let a device's allocator keep what is allocated where in the code; whether it can.
+
+    The record and its viewer are documented, but the names of what makes it are private.
+    """
+    memory = getattr(torch.get_device_module(device), "memory", None)
+    record = getattr(memory, "_record_memory_history", None)
+    if record is not None:
+        record()
+    return record is not None
+
+
+def write_memory_history(device: torch.device, path: Path) -> None:
+    """Write what `start_memory_history` began to keep, for https://docs.pytorch.org/memory_viz,
+    and keep no more; as above."""
+    memory: Any = torch.get_device_module(device).memory
+    memory._dump_snapshot(str(path))
+    memory._record_memory_history(enabled=None)

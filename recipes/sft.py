@@ -240,7 +240,7 @@ def train(training: Training, run: Run, clock: Clock, console: Console) -> bool:
         stop = stack.enter_context(StopSignals(console.print))
         progress = stack.enter_context(TrainingProgress(training.steps, console))
         profile = to_plain(cfg.profile or NO_PROFILE) if run.writes else NO_PROFILE
-        profiler = StepProfiler(run.folder / "profile.json", **profile)
+        profiler = StepProfiler(run.folder / "profile.json", device=training.job.device, **profile)
         stack.callback(profiler.close)
 
         stopped = False

@@ -1,5 +1,7 @@
 """What graphtune uses of torch's private surface, so that a move of it fails here first."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -82,3 +84,10 @@ def test_sizes_that_vary_are_compiled_once_and_graphs_are_counted():
     torch_private.vary(one := torch.zeros(1, 3), (0,))  # allowed, though a constant
     function(one)
     assert torch_private.compiled_graphs() == before + 2
+
+
+def test_the_history_of_an_allocator_is_where_it_was(tmp_path):
+    memory = torch.cuda.memory
+    inspect.signature(memory._record_memory_history).bind(enabled=None)
+    inspect.signature(memory._dump_snapshot).bind(str(tmp_path))
+    assert not torch_private.start_memory_history(torch.device("cpu"))

@@ -132,7 +132,8 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """Steps that torch's profiler records, to `profile.json` (chrome://tracing)."""
+    """Steps that torch's profiler records, to `profile.json` (chrome://tracing), and with `memory`
+    on CUDA to `memory.pickle` (https://docs.pytorch.org/memory_viz)."""
 
     start: int = option("the first step recorded", 3, at_least=1)
     steps: int = option("how many", 2, at_least=1)
