@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from graphtune.capture_cache import cache_file, keep, recall
 from graphtune.errors import UserError
+from graphtune.models.images import PIXELS, ImageModel, image_model
 from graphtune.models.patches import exportable
 from graphtune.normalize import normalize
 from graphtune.program import Deferred, ModelInfo, Program, causal_mask, default_position_ids
@@ -18,12 +19,12 @@ from graphtune.torch_private import size_at, size_symbol
 from graphtune.weights import fingerprint
 
 
-def capture(model: nn.Module) -> Program:
+def capture(model: nn.Module, *, images: bool = False) -> Program:
     """Capture the forward of a causal language model as a Program.
 
     The model is traced once, without gradients being lost: non-strict `torch.export` in train
     mode, with dynamic batch and sequence, an explicit boolean attention mask and positions. The
-    program shares the model's parameters.
+    program shares the model's parameters; those that the forward does not use are frozen in it.
 
     Whatever a `transformers` model does, the program's inputs are the same three, and windows,
     chunks, the additive mask of eager attention and the padding that recurrent layers skip are
@@ -43,21 +44,25 @@ def capture(model: nn.Module) -> Program:
             returns logits or an output with `.logits`. Any `transformers` causal model is one.
             One that `load_model` put on the meta device gives a program without weights, whose
             other constants (rotary frequencies) are real.
+        images: of a vision-language model, capture its vision part too. The program then takes
+            `pixel_values` besides, and what else the model needs to be told of images; see
+            `graphtune.models.images`. Without them it is a program for text, as every other.
 
     Raises:
         UserError: the model cannot be captured as it is; the message says why.
     """
     _check(model)
-    path = cache_file(model)
+    taken = image_model(getattr(model, "config", None)) if images else None
+    path = cache_file(model, images)
     if path is not None and (kept := recall(path, model)) is not None:
         return kept
-    exported, least = _export(model)
+    exported, least = _export(model, taken)
     graph_module = exported.module(check_guards=False)
     doubtful = _doubtful_sizes(graph_module.graph, _longest(model))
     doubtful += [(2, length) for length in (2, 3, 7, 15) if length < least]
-    graph = normalize(graph_module, model)
+    graph = normalize(graph_module, model, taken.inputs if taken else ())
     _check_dynamic(graph)
-    parameters = dict(graph_module.named_parameters(remove_duplicate=False))
+    parameters = _parameters(graph_module, graph)
     buffers = _buffers(model, graph_module, graph)
     empty = any(parameter.is_meta for parameter in parameters.values())
     info = ModelInfo(
@@ -120,15 +125,17 @@ def _attention(model: nn.Module) -> str | None:
 _TRACES = ((11, 2), (37, 16))
 
 
-def _export(model: nn.Module) -> tuple[torch.export.ExportedProgram, int]:
+def _export(
+    model: nn.Module, images: ImageModel | None
+) -> tuple[torch.export.ExportedProgram, int]:
     """The exported model, and the least length at which `torch.export` vouches for it."""
     was_training = model.training
     model.train()
     try:
         for last, (length, least) in enumerate(_TRACES, 1 - len(_TRACES)):
             try:
-                with torch.enable_grad(), exportable(model):
-                    return _export_at(model, length, least), least
+                with torch.enable_grad(), exportable(model, images.inputs if images else ()):
+                    return _export_at(model, images, length, least), least
             except UserError:
                 raise
             except Exception as error:  # of whatever kind, it is about the model
@@ -141,7 +148,9 @@ def _export(model: nn.Module) -> tuple[torch.export.ExportedProgram, int]:
     raise AssertionError("the last trace returns or raises")
 
 
-def _export_at(model: nn.Module, length: int, least: int) -> torch.export.ExportedProgram:
+def _export_at(
+    model: nn.Module, images: ImageModel | None, length: int, least: int
+) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=2, max=1 << 16)
     seq = torch.export.Dim("seq", min=least, max=_longest(model))
     device = next(model.parameters()).device
@@ -151,6 +160,12 @@ def _export_at(model: nn.Module, length: int, least: int) -> torch.export.Export
         torch.arange(length, device=device).expand(3, -1).contiguous(),
     )
     dynamic = ({0: batch, 1: seq}, {0: batch, 2: seq, 3: seq}, {0: batch, 1: seq})
+    if images is not None:
+        many = torch.export.Dim("images", min=2, max=1 << 16)
+        blank = images.blank(inputs[0], 5)
+        inputs = (*inputs, *blank.values())
+        sizes = tuple({0: many} if name == PIXELS else {0: batch, 1: seq} for name in blank)
+        dynamic = (*dynamic, sizes)  # type: ignore[assignment]  # of the arguments behind a star
     return torch.export.export(
         model,
         inputs,
@@ -165,6 +180,19 @@ def _first_lines(error: Exception) -> str:
     text = re.split(r"Suggested fix|Caused by|\n\n", str(error))[0]
     text = text.replace('For more information, run with TORCH_LOGS="+dynamic".', "")
     return " ".join(text.split())[:300] or type(error).__name__
+
+
+def _parameters(graph_module: fx.GraphModule, graph: fx.Graph) -> dict[str, nn.Parameter]:
+    """All parameters by name. What the graph does not read cannot get a gradient, so it is frozen
+    in the program: the vision part of a model that is captured for text, say."""
+    named = dict(graph_module.named_parameters(remove_duplicate=False))
+    read = {id(named.get(str(node.target))) for node in graph.find_nodes(op="get_attr")}
+    frozen: dict[int, nn.Parameter] = {}
+    for name, parameter in named.items():
+        if parameter.requires_grad and id(parameter) not in read:
+            alias = nn.Parameter(parameter.detach(), requires_grad=False)
+            named[name] = frozen.setdefault(id(parameter), alias)
+    return named
 
 
 def _buffers(
@@ -260,7 +288,7 @@ def _check_sizes(model: nn.Module, program: Program, sizes: list[tuple[int, int]
 def _same_logits(model: nn.Module, program: Program, ids: Tensor) -> bool:
     mask, positions = causal_mask(ids, None), default_position_ids(ids, None)
     try:
-        with exportable(model):
+        with exportable(model):  # a program of images takes text alone, too
             expected = model(ids, mask, positions)
     except Exception:  # the model itself cannot take so many or so few tokens
         return True
@@ -287,7 +315,9 @@ def _check_dynamic(graph: fx.Graph) -> None:
             f"capture: the output has shape {tuple(logits.shape)}; a causal language model gives "
             "logits (batch, seq, vocab) with batch and seq free"
         )
-    symbols = {str(size_symbol(size)): 2 for size in logits.shape[:2]}
+    inputs = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+    free = [size_symbol(size) for value in inputs for size in value.shape]
+    symbols = {str(symbol): 2 for symbol in free if symbol is not None}
     for node in graph.nodes:
         if not _sizes_known(node.meta.get("val"), symbols):
             raise UserError(

@@ -21,11 +21,11 @@ from graphtune.program import Program
 from graphtune.serialize import load_program, save_program
 
 
-def cache_file(model: nn.Module) -> Path | None:
+def cache_file(model: nn.Module, images: bool = False) -> Path | None:
     """Where the capture of a model is, or would be, kept; None if it must be captured each time.
 
     The name is a hash of all that a graph depends on: the model's class, config and parameters,
-    the versions of torch and transformers, and our own source.
+    whether it takes images, the versions of torch and transformers, and our own source.
     """
     known = type(model).__module__.startswith(("transformers.", "graphtune."))
     if not known or not hasattr(model, "graphtune_buffers"):
@@ -42,6 +42,7 @@ def cache_file(model: nn.Module) -> Path | None:
             (name, list(p.shape), str(p.dtype), p.requires_grad, p.is_meta)
             for name, p in model.named_parameters()
         ],
+        "images": images,
         "training": model.training,
         "versions": [version("torch"), version("transformers"), _source()],
     }

@@ -119,8 +119,7 @@ def _by_layer(program: Program, found: Outline, loss: Loss) -> tuple[Program, Lo
     for name, region in found.regions.items():
         if name != END:
             outer._modules[name] = _Region(region)
-    # A graph that takes more than ids, mask and positions takes what its loss needs.
-    has_loss = len(program.graph.find_nodes(op="placeholder")) > 3
+    has_loss = "rows" in program.inputs
 
     def loss_of_end(*values: Any) -> Tensor:
         *values_of_end, labels, weights = values

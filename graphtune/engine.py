@@ -18,13 +18,13 @@ from torch import Tensor
 from graphtune.compilation import WAYS, Compile, Compiled
 from graphtune.errors import UserError
 from graphtune.fake_quantization import rounds_inputs
+from graphtune.image_inputs import as_taken
 from graphtune.losses import (
     Batch,
     Loss,
     cross_entropy,
     labelled_tokens,
     loss_sum,
-    with_rows,
 )
 from graphtune.program import Program
 from graphtune.recomputation import as_tagged, by_region
@@ -98,13 +98,13 @@ class TrainStep:
 
     def _plain_loss_sum(self, batch: Batch) -> Tensor:
         with recompute_in_backward():  # what the compiler does by the graph's tags
-            return loss_sum(self._uncompiled, with_rows(self.program, batch), self.loss)
+            return loss_sum(self._uncompiled, as_taken(self.program, batch), self.loss)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Loss summed over the batch's labelled tokens, differentiable."""
         if self._compiled is None:
             return self._plain_loss_sum(batch)
-        batch = with_rows(self.program, batch)
+        batch = as_taken(self.program, batch)
         with salted_cache(self._tag), as_tagged(self.program):
             return self._compiled(batch)
 
@@ -116,7 +116,8 @@ class TrainStep:
         Args:
             batch: `input_ids` and `labels` int64 (batch, seq), optional `attention_mask` bool
                 (batch, 1, seq, seq) or (batch, seq), optional `position_ids` int64 (batch, seq),
-                optional `weights` float32 (batch, seq) of the labels; or several such, whose
+                optional `weights` float32 (batch, seq) of the labels, optional images (see
+                `graphtune.image_inputs.with_images`); or several such, whose
                 gradients are added up. The loss is the (weighted) mean over all labelled tokens
                 of all of them, as if they were one batch.
             loss_limit: a step whose loss is above it is left out: the optimizer does not step.

@@ -7,6 +7,7 @@ under one name. Each function below mends one of these, in place.
 
 import operator
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,19 +22,23 @@ aten = torch.ops.aten
 BY = "capture"
 
 
-def normalize(graph_module: fx.GraphModule, model: nn.Module) -> fx.Graph:
+def normalize(
+    graph_module: fx.GraphModule, model: nn.Module, images: Sequence[str] = ()
+) -> fx.Graph:
     """Mend a freshly exported graph; returns it.
 
     Args:
         graph_module: what `ExportedProgram.module()` gave.
         model: what was exported.
+        images: names of what it takes besides ids, mask and positions.
     """
     graph = graph_module.graph
     graph.set_codegen(fx.graph.CodeGen())  # plain positional inputs, one tensor out
     parameters = dict(graph_module.named_parameters(remove_duplicate=False))
     inline_grad_mode_blocks(graph_module, parameters)
-    name_inputs_and_output(graph)
+    name_inputs_and_output(graph, images)
     drop_noise(graph)
+    gather_images(graph)
     count_in_float(graph)
     follow_input_device(graph)
     switch_dropout(graph)
@@ -110,10 +115,10 @@ def _derived(graph: fx.Graph, parameters: Mapping[str, nn.Parameter]) -> set[fx.
     return derived
 
 
-def name_inputs_and_output(graph: fx.Graph) -> None:
-    """Call the three inputs by their names, and let the graph return the logits by themselves."""
+def name_inputs_and_output(graph: fx.Graph, images: Sequence[str]) -> None:
+    """Call the inputs by their names, and let the graph return the logits by themselves."""
     first = next(iter(graph.nodes))
-    for name, node in zip(INPUTS, graph.find_nodes(op="placeholder"), strict=True):
+    for name, node in zip((*INPUTS, *images), graph.find_nodes(op="placeholder"), strict=True):
         node.target = node.name = name
         if node is not first:
             first.prepend(node)
@@ -136,6 +141,30 @@ def drop_noise(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif node.target is aten.view.default and _laid_out_by_attention(node.args[0]):
             node.target = aten.reshape.default
+
+
+def gather_images(graph: fx.Graph) -> None:
+    """Let each token that stands for a part of an image fetch its features.
+
+    `masked_scatter` deals them out instead, whose gradient has as many values as the mask has
+    tokens: a size that no graph can hold. What is fetched is the same.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.masked_scatter.default):
+        embedded, mask, features = node.args
+        width = embedded.meta["val"].shape[-1]
+        if mask.meta["val"].shape[-1] != 1:
+            continue  # it chooses values, and not tokens
+        with graph.inserting_before(node):
+            call = partial(insert_call, graph, origin=node, by=BY)
+            flat = call(aten.reshape.default, mask, [-1])
+            number = call(aten.cumsum.default, flat, 0)
+            number = call(aten.clamp.default, call(aten.sub.Tensor, number, 1), 0)
+            rows = call(aten.reshape.default, features, [-1, width])
+            fetched = call(aten.index_select.default, rows, 0, number)
+            fetched = call(aten.view_as.default, fetched, embedded)
+            merged = call(aten.where.self, mask, fetched, embedded)
+        node.replace_all_uses_with(merged)
+        graph.erase_node(node)
 
 
 def _laid_out_by_attention(node: fx.Node) -> bool:

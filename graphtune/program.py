@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from graphtune.distributed import Distribution, Part
 from graphtune.errors import UserError
+from graphtune.models.images import IMAGE_INPUTS, PIXELS, blank_images
 
 if TYPE_CHECKING:
     from graphtune.inspect.memory import MemoryEstimate
@@ -98,10 +99,12 @@ class Program(nn.Module):
 
     Attributes:
         graph_module: the graph in the pre-autograd training IR of `torch.export`; its inputs
-            are `input_ids`, `attention_mask`, `position_ids` and what a pass added (see
-            `inputs`), its output the logits, or what a pass made of them.
+            are `input_ids`, `attention_mask`, `position_ids`, those for images, if it takes some,
+            and what a pass added (see `inputs`), its output the logits, or what a pass made of
+            them.
         takes_mask: False for a program with a key-value cache, which knows from the positions
             what each token sees; its graph's inputs are `input_ids` and `position_ids`.
+        takes_images: True for a program that was captured with images.
         ledger: one row for each pass that was applied, in order.
         info: where the weights came from.
         deferred: what `load_weights` must do; None where the weights are there.
@@ -151,7 +154,10 @@ class Program(nn.Module):
         self.distribution: Distribution | None = None
         inputs = self.inputs
         self.takes_mask = "attention_mask" in inputs
+        self.takes_images = PIXELS in inputs
         self._added = tuple(name for name in inputs if name not in INPUTS)
+        self._of_images = tuple(name for name in self._added if name in IMAGE_INPUTS)
+        self._image_size = tuple(inputs[PIXELS].shape[1:]) if self.takes_images else ()
 
     def _runnable(self, graph: fx.Graph) -> fx.GraphModule:
         graph_module = fx.GraphModule(self, graph, class_name="Program")
@@ -220,14 +226,17 @@ class Program(nn.Module):
                 token that is not padding where a (batch, seq) mask is given. A program with a
                 key-value cache takes (seq,) too, and only it tells earlier tokens by them: see
                 `graphtune.passes.KVCache`.
-            added: what a pass added to the graph's `inputs`, by name; for `FusedLoss` see
-                `graphtune.losses.labelled_rows`.
+            added: what else the graph's `inputs` has, by name. For images see
+                `graphtune.image_inputs`; without, the program takes the ids for text. For
+                `FusedLoss` see `graphtune.losses.labelled_rows`.
 
         Returns:
             Logits, (batch, seq, vocab), in the dtype of the weights; after `FusedLoss` the loss.
         """
         if self.deferred is not None:
             raise UserError("the program has no weights yet; graphtune.load_weights gives them")
+        if self.takes_images and PIXELS not in added:
+            added |= blank_images(self._of_images, self._image_size, input_ids)
         if len(added) != len(self._added) or any(name not in added for name in self._added):
             raise UserError(
                 f"the program takes {', '.join(self._added) or 'nothing'} beside ids, mask and "

@@ -259,13 +259,16 @@ class Edit:
         return names
 
     def set_trainable(self, names: Iterable[str], trainable: bool, *, copy: bool = False) -> None:
-        """Freeze parameters, or let them train.
+        """Freeze parameters, or let them train; but not those that the graph does not read.
 
         Args:
             copy: give the program tensors of its own; else training changes those of the given
                 program too.
         """
         chosen = {id(self.parameters[name]) for name in names}
+        if trainable:
+            reads = self.graph.find_nodes(op="get_attr")
+            chosen &= {id(self.parameters.get(str(node.target))) for node in reads}
         copies: dict[int, nn.Parameter] = {}
         for name, parameter in self.parameters.items():
             if id(parameter) in chosen and parameter.requires_grad != trainable:

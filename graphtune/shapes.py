@@ -32,14 +32,15 @@ class Shapes:
         self.first: dict[Any, Any] = {}  # equal values are one object, so that keys meet
 
     def of_input(self, name: str, shape: Sequence[int | None], dtype: torch.dtype) -> Tensor:
-        """An input. Those that passes added have one free size, the same for the same shape."""
+        """An input. Those that passes added, and images, have one free size, the same for the
+        same shape; what else is not fixed is as the ids are."""
         if name in self.inputs:
             return self.inputs[name]
-        rows, *free = shape
-        assert rows is not None and free == [None]
-        key = ("input", rows)
+        if list(shape) == [None, None]:
+            return torch.empty_like(self.like, dtype=dtype)
+        key = ("input", *shape)
         if key not in self.known:
-            self.known[key] = symbolic_input(self.like, rows)
+            self.known[key] = symbolic_input(self.like, shape)
         return self.known[key].to(dtype)
 
     def of(self, node: fx.Node) -> Any:

@@ -91,10 +91,14 @@ def symbolic_inputs(
         return ids, mask, torch.empty_like(ids)
 
 
-def symbolic_input(like: FakeTensor, rows: int) -> Tensor:
-    """A shape-only int64 (rows, n) in the fake world of `like`, where n is a symbol of its own."""
-    free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC, DimDynamic.DYNAMIC])
-    example = torch.zeros(rows, 7, dtype=torch.int64, device=like.device)
+def symbolic_input(
+    like: FakeTensor, shape: Sequence[int | None], dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """A shape-only tensor in the fake world of `like`, with a symbol of its own for each None."""
+    kinds = [DimDynamic.DYNAMIC if size is None else DimDynamic.STATIC for size in shape]
+    free = StatelessSymbolicContext(dynamic_sizes=kinds)
+    sizes = [7 if size is None else size for size in shape]
+    example = torch.zeros(sizes, dtype=dtype, device=like.device)
     return like.fake_mode.from_tensor(example, symbolic_context=free)
 
 

@@ -127,7 +127,7 @@ def _meta_inputs(program: Program) -> tuple[list[Tensor], dict[str, int]]:
     """Inputs of a batch and a length that were not captured, and what each symbol stands for."""
     names = [size_symbol(size) for value in program.inputs.values() for size in value.shape]
     symbols = dict.fromkeys(name for name in names if name is not None)
-    sizes = dict(zip(symbols, (2, 5, 3), strict=False))
+    sizes = dict(zip(symbols, (2, 5, 3, 4), strict=False))
     inputs = [
         torch.zeros([size_at(n, sizes) for n in one.shape], dtype=one.dtype, device="meta")
         for one in program.inputs.values()

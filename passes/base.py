@@ -55,6 +55,7 @@ class Pass:
             are rounded; `lossy`: other values. A pass that does this or that, depending on its
             options, makes it a property.
         conflicts: names of passes after which this one cannot be applied.
+        takes_images: whether it can be applied to a program that was captured with images.
         site_options: the options that a rule may override at its sites.
     """
 
@@ -62,6 +63,7 @@ class Pass:
     stage: ClassVar[Stage]
     order: ClassVar[int] = 0
     conflicts: ClassVar[frozenset[str]] = frozenset()
+    takes_images: ClassVar[bool] = True
     site_options: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -128,6 +130,11 @@ class Pass:
         for row in program.ledger:
             if row.name in self.conflicts:
                 raise UserError(f"`passes.{self.name}` cannot follow {row.name!r} on one model")
+        if program.takes_images and not self.takes_images:
+            raise UserError(
+                f"`passes.{self.name}` does not know the inputs of images; leave it out, or "
+                "capture the model for text alone"
+            )
         start = time.perf_counter()
         edit = Edit(program, by=self.name)
         sites = list(self.rewrite(edit))

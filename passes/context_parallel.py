@@ -46,6 +46,7 @@ class ContextParallel(Pass):
     mesh: DeviceMesh | None = None
 
     name: ClassVar[str] = "context_parallel"
+    takes_images: ClassVar[bool] = False
     stage: ClassVar[Stage] = Stage.DISTRIBUTE
     conflicts: ClassVar[frozenset[str]] = frozenset({"context_parallel", "fsdp", "data_parallel"})
 

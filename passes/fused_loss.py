@@ -130,7 +130,7 @@ class FusedLoss(Pass):
 
     def _add_inputs(self, edit: Edit) -> list[fx.Node]:
         *_, last = edit.graph.find_nodes(op="placeholder")
-        like = symbolic_input(last.meta["val"], self.chunks)
+        like = symbolic_input(last.meta["val"], (self.chunks, None))
         added = []
         for name, dtype in ROW_INPUTS.items():
             with edit.graph.inserting_before(last.next):

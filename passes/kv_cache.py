@@ -56,6 +56,7 @@ class KVCache(Pass):
     logits: Literal["all", "last"] = "all"
 
     name: ClassVar[str] = "kv_cache"
+    takes_images: ClassVar[bool] = False
     stage: ClassVar[Stage] = Stage.EXPORT
     order: ClassVar[int] = 1  # after a merge
     conflicts: ClassVar[frozenset[str]] = frozenset({"kv_cache"})

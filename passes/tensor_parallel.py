@@ -62,6 +62,7 @@ class TensorParallel(Pass):
     gather_logits: bool = True
 
     name: ClassVar[str] = "tensor_parallel"
+    takes_images: ClassVar[bool] = False
     stage: ClassVar[Stage] = Stage.DISTRIBUTE
     order: ClassVar[int] = -1
     conflicts: ClassVar[frozenset[str]] = frozenset(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from graphtune.losses import ROW_INPUTS, cross_entropy
+from graphtune.models.images import image_model
 from graphtune.recomputation import by_region
 from graphtune.torch_private import TensorMode, fake_tensors
 from graphtune.transient import recompute_in_backward
@@ -111,10 +112,14 @@ def _measure(
 
 
 def _inputs(program: Program, batch: int, seq: int) -> Sequence[Tensor]:
-    """A batch in which every token has a label."""
+    """A batch in which every token has a label, and one with as many images as have room."""
     ids = torch.zeros(batch, seq, dtype=torch.int64)
     mask = torch.ones(batch, 1, seq, seq, dtype=torch.bool)
     inputs = [ids, mask, torch.zeros(batch, seq, dtype=torch.int64)]
+    if program.takes_images:
+        model = image_model(program.config)
+        images = max(2, batch * (seq // model.tokens))
+        inputs += model.blank(ids, images).values()
     if "rows" in program.inputs:
         chunks = int(program.inputs["rows"].shape[0])
         size = max(2, -(-batch * seq // chunks))

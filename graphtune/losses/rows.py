@@ -15,6 +15,7 @@ from graphtune.losses.cross_entropy import (
     shift_labels,
     shift_weights,
 )
+from graphtune.models.images import IMAGE_INPUTS
 
 Batch: TypeAlias = Mapping[str, Tensor]
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -66,9 +67,11 @@ def loss_sum(program: Any, batch: Batch, loss: Loss = cross_entropy) -> Tensor:
 
     Args:
         program: a `graphtune.Program`.
-        batch: `input_ids`, `labels` and what else a training step takes; as `with_rows` returns it.
+        batch: `input_ids`, `labels` and what else a training step takes; as
+            `graphtune.image_inputs.as_taken` returns it.
     """
     given = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+    images = {name: batch[name] for name in IMAGE_INPUTS if name in batch}
     if "rows" in batch:
-        return program(*given, **{name: batch[name] for name in ROW_INPUTS})
-    return loss(program(*given), batch["labels"], batch.get("weights"))
+        return program(*given, **images, **{name: batch[name] for name in ROW_INPUTS})
+    return loss(program(*given, **images), batch["labels"], batch.get("weights"))

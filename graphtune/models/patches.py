@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from statistics import NormalDist
@@ -23,23 +23,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 
 from graphtune.errors import UserError
+from graphtune.models.images import IMAGE_METHODS
 from graphtune.models.kernels import as_operator
 
 
 @contextmanager
-def exportable(model: nn.Module) -> Iterator[None]:
-    """Within it, `model.forward(input_ids, attention_mask, position_ids)` returns logits.
+def exportable(model: nn.Module, images: Sequence[str] = ()) -> Iterator[None]:
+    """Within it, `model.forward(input_ids, attention_mask, position_ids, *images)` returns logits.
 
     The mask is boolean, (batch, 1, seq, seq), whatever the kinds of layers and of attention;
     positions count from 0.
+
+    Args:
+        images: names of the model's arguments for images, see `graphtune.models.images`.
     """
     with ExitStack() as stack:
-        for owner, name, ours in [*_replacements(model)]:
+        for owner, name, ours in [*_replacements(model, images)]:
             stack.enter_context(mock.patch.object(owner, name, ours))
         yield
 
 
-def _replacements(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+def _replacements(model: nn.Module, images: Sequence[str]) -> Iterator[tuple[Any, str, Any]]:
     """What holds an attribute, the attribute's name, and what it is to be."""
     modules = _source_modules(model)
     for module in modules:
@@ -50,7 +54,9 @@ def _replacements(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
         for name, wrap in _FUNCTIONS.items():
             if name in here:
                 yield module, name, wrap(here[name])
-        for (name, method), wrap in _METHODS.items():
+        if images and "torch_compilable_check" in here:  # how many tokens stand for how many images
+            yield module, "torch_compilable_check", lambda *_, **__: None
+        for (name, method), wrap in (_METHODS | IMAGE_METHODS).items():
             if name in here and here[name].__module__ == module.__name__:
                 yield here[name], method, wrap(getattr(here[name], method))
     for part in model.modules():
@@ -59,23 +65,27 @@ def _replacements(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
             yield part, "training", False
     makes_masks = any(name in vars(module) for module in modules for name in _MASKS)
     padding_only = isinstance(model, PreTrainedModel) and not makes_masks
-    yield model, "forward", _forward(model, padding_only)
+    yield model, "forward", _forward(model, padding_only, images)
 
 
-def _forward(model: nn.Module, padding_only: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The model's forward with our three arguments.
+def _forward(model: nn.Module, padding_only: bool, images: Sequence[str]) -> Callable[..., Tensor]:
+    """The model's forward with our three arguments, and those of images.
 
     Args:
         padding_only: the model has its own causal mask, and takes but (batch, seq) for padding.
+        images: names of the latter.
     """
     theirs = model.forward
     accepted = inspect.signature(theirs).parameters
     first = _first_position(model)
 
-    def forward(input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(
+        input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *of_images: Tensor
+    ) -> Tensor:
         mask = _not_padding(attention_mask).long() if padding_only else attention_mask
         positions = position_ids + first if first else position_ids
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+        inputs |= dict(zip(images, of_images, strict=True))
         return _logits(theirs(**_known(accepted, inputs)))
 
     return forward
@@ -167,6 +177,26 @@ def _later(
 ) -> Tensor:
     """The mask itself: a model of images hands it on to its model of text, which lays it out."""
     return attention_mask
+
+
+def _with_images(_: Callable[..., Any]) -> Callable[..., dict[str, Tensor]]:
+    """Tokens of one image see each other; windows hold for them too."""
+
+    def ours(
+        config: Any,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        *,
+        block_sequence_ids: Tensor,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        image = block_sequence_ids  # (batch, seq), -1 at text
+        same = (image[:, :, None] == image[:, None, :]) & (image >= 0)[:, :, None]
+        mask = attention_mask | same[:, None]
+        kinds = {"full_attention": _full, "sliding_attention": _sliding}
+        return {kind: make(config, inputs_embeds, mask) for kind, make in kinds.items()}
+
+    return ours
 
 
 def _as_used(config: Any, mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -313,6 +343,7 @@ _METHODS: dict[tuple[str, str], Callable[[Callable[..., Any]], Callable[..., Any
 # Functions, by name, in whichever module of a model they are.
 _FUNCTIONS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "build_alibi_tensor": _with_padding_mask,
+    "create_masks_for_vision_model": _with_images,
     "chunk_kimi_delta_attention": partial(as_operator, like="value", pair=True),
     "mamba_selective_scan": partial(as_operator, like="hidden_states", pair=False),
     "mamba2_chunk_scan": partial(as_operator, like="hidden_states", pair=False),

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from graphtune.losses import Loss, cross_entropy, labelled_tokens, loss_sum, with_rows
+from graphtune.image_inputs import as_taken
+from graphtune.losses import Loss, cross_entropy, labelled_tokens, loss_sum
 from graphtune.program import Program
 
 
@@ -32,7 +33,7 @@ def evaluate_loss(
     try:
         for batch in batches:
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-            total += loss_sum(program, with_rows(program, on_device), loss).item()
+            total += loss_sum(program, as_taken(program, on_device), loss).item()
             tokens += labelled_tokens(on_device["labels"], on_device.get("weights")).item()
     finally:
         program.train(was_training)

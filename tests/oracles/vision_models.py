@@ -1,11 +1,13 @@
-"""Tiny vision-language models of four families, each with its processor, and talk of images."""
+"""Tiny vision-language models, each with its processor, and talk of images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
@@ -26,6 +28,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -181,7 +185,16 @@ def gemma3(template: str) -> tuple[ProcessorMixin, Callable[[], PreTrainedModel]
     return processor, lambda: Gemma3ForConditionalGeneration(config)
 
 
+def smolvlm(template: str) -> tuple[ProcessorMixin, Callable[[], PreTrainedModel]]:
+    """Idefics 3's processor, whose own needs that of videos, with the model of SmolVLM."""
+    processor, make = idefics3(template)
+    other = make().config.to_dict()
+    del other["model_type"], other["vision_config"]["model_type"]
+    return processor, lambda: SmolVLMForConditionalGeneration(SmolVLMConfig(**other))
+
+
 FAMILIES = {"llava": llava, "qwen2_vl": qwen2_vl, "idefics3": idefics3, "gemma3": gemma3}
+CAPTURED = {"gemma3": gemma3, "idefics3": idefics3, "llava": llava, "smolvlm": smolvlm}
 
 
 def picture(width: int, height: int, seed: int = 0) -> dict[str, Any]:
@@ -197,3 +210,40 @@ def talk(*turns: Any) -> list[Message]:
     """What the user and the assistant say in turn; a text, or parts."""
     roles = ("user", "assistant")
     return [Message(role=roles[i % 2], content=turn) for i, turn in enumerate(turns)]
+
+
+def random_model(make: Callable[[], PreTrainedModel], seed: int = 0) -> PreTrainedModel:
+    """A model in which every part matters: as initialised, some parameters are zero."""
+    torch.manual_seed(seed)
+    model = make().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+RAGGED = [  # conversations with one image, two and none
+    talk([picture(16, 16), words("What is it?")], "A red fox."),
+    talk([picture(20, 30, 1), words("or"), picture(50, 18, 2)], "Both", "Sure?", "Yes."),
+    talk("What is it?", "It is a fox."),
+]
+
+
+def theirs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the model itself takes of a batch with one conversation in each row."""
+    lengths = count_up(batch["position_ids"])
+    kept = {n: v for n, v in batch.items() if n not in ("labels", "attention_mask", "weights")}
+    return kept | {"attention_mask": lengths, "use_cache": False}
+
+
+def count_up(positions: torch.Tensor) -> torch.Tensor:
+    """1 for each token that is not padding, whose positions are 0."""
+    mask = (positions > 0).long()
+    mask[:, 0] = 1
+    return mask
+
+
+def loss_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The model's own mean loss over the labelled tokens of a batch."""
+    logits = model(**theirs(batch)).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
