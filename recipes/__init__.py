@@ -192,7 +192,12 @@ def put_together(whole: Program, program: Program) -> None:
 
 
 def load_run(
-    folder: str | Path, *, tuned: bool = True, quantized: bool = True, aware: bool = True
+    folder: str | Path,
+    *,
+    tuned: bool = True,
+    quantized: bool = True,
+    aware: bool = True,
+    images: bool = True,
 ) -> tuple[Program, PreTrainedTokenizerBase]:
     """The program and the tokenizer of a run that `train` wrote.
 
@@ -203,12 +208,17 @@ def load_run(
             for what is merged and shipped.
         aware: False leaves out the fake quantization that the run was trained with; what is loaded
             is in full precision.
+        images: False gives a program for text alone, also of a run that was trained on images.
 
     Raises:
         UserError: no run lies there, or it saved nothing.
     """
     run = Run.open(folder)
     config: SFTConfig = validate(read_config(str(run.config_file)))
+    takes_images = images and config.model.images is True
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, images=takes_images)
+    )
     tokenizer = load_tokenizer(config.model.id, **origin(config.model))
     device = pick_device(config.device)
     if tuned and run.program_file.is_file():
@@ -254,11 +264,12 @@ def _load(run: Run, config: SFTConfig, passes: list[Pass], tuned: bool) -> Progr
             implementation=config.model.implementation,
             attn_implementation=config.model.attn_implementation,
         )
-        return capture(model)
+        return capture(model, images=bool(config.model.images))
     whole = tuned and run.trained_file.is_file()
     if not whole:  # what trained comes with what was saved
         passes = [one for one in passes if one.stage == Stage.QUANTIZE]
-    program = capture(empty_model(config.model, device)).apply(*passes)
+    empty = empty_model(config.model, device)
+    program = capture(empty, images=bool(config.model.images)).apply(*passes)
     program = load_weights(program, device=device, **origin(config.model))
     if tuned and not whole:
         for path in _adapter_folders(run):

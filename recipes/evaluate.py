@@ -16,7 +16,8 @@ from graphtune.models import load_tokenizer
 from graphtune.passes import Stage
 from graphtune.program import Program
 from graphtune.recipes import empty_model, load_run, make_passes, origin
-from graphtune.recipes.job import batching, read_data
+from graphtune.recipes.job import batching
+from graphtune.recipes.reading import processor_of, read_data
 from graphtune.training.device import pick_device
 from graphtune.training.evaluate import evaluate_loss
 from graphtune.training.run import Run
@@ -70,7 +71,8 @@ def evaluate_model(cfg: SFTConfig) -> dict[str, Figures]:
     parts = [part for one in make_passes(cfg.passes) for part in one.parts()]
     quantize = [part for part in parts if part.stage == Stage.QUANTIZE]
     tokenizer = load_tokenizer(cfg.model.id, **origin(cfg.model))
-    program = capture(empty_model(cfg.model, device)).apply(*quantize)
+    empty = empty_model(cfg.model, device)
+    program = capture(empty, images=bool(cfg.model.images)).apply(*quantize)
     program = load_weights(program, device=device, **origin(cfg.model))
     return {"model": measure(program, tokenizer, cfg)}
 
@@ -87,13 +89,14 @@ def measure(program: Program, tokenizer: PreTrainedTokenizerBase, cfg: SFTConfig
         options = cfg.loader
         rows = 1 if options.batch_size == "auto" else options.batch_size
         batches = Loader(
-            read_data(source, tokenizer, cfg),
+            read_data(source, reader, cfg),
             batching(options, rows, cfg.seed, shuffle=False),
             pad_token_id=tokenizer.pad_token_id,
             device=next(program.parameters()).device,
         )
         return evaluate_loss(program, batches)
 
+    reader = processor_of(cfg, program.config) if program.takes_images else tokenizer
     figures = {}
     if cfg.dataset_val is not None:
         figures["heldout_loss"] = loss(cfg.dataset_val)

@@ -52,7 +52,7 @@ def load_speaker(
     """
     stored = [Quantize(format=quantize)] if quantize else []  # type: ignore[arg-type]
     if (Path(target) / CONFIG).is_file():
-        program, tokenizer = load_run(target, tuned=not base)
+        program, tokenizer = load_run(target, tuned=not base, images=False)
         if merge and adapter_names(program):
             program = program.apply(Merge())
         return program.apply(*stored).eval(), tokenizer

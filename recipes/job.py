@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from graphtune.capture_cache import source_hash
 from graphtune.config import (
@@ -26,7 +26,7 @@ from graphtune.config import (
     to_plain,
     validate,
 )
-from graphtune.data import Batching, Dataset, Loader, StreamingDataset, mix
+from graphtune.data import Batching, Loader, StreamingDataset
 from graphtune.distributed import data_rank, start
 from graphtune.errors import UserError
 from graphtune.generation import encode_chat
@@ -40,6 +40,7 @@ from graphtune.models import load_tokenizer
 from graphtune.passes import ContextParallel, FusedLoss, Pass, Stage, TensorParallel
 from graphtune.program import Program
 from graphtune.recipes import check_length, empty_model, make_passes, origin
+from graphtune.recipes.reading import Data, read_sets
 from graphtune.training.checkpoint_files import to_resume
 from graphtune.training.device import pick_device
 from graphtune.training.loggers import check_loggers
@@ -50,8 +51,6 @@ from graphtune.training.ranks import gathered
 from graphtune.training.run import Run
 from graphtune.training.schedules import schedule
 from graphtune.training.state import leaves, saved_counters
-
-Data = Dataset | StreamingDataset
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,11 @@ class Job:
     def step_passes(self) -> list[Pass]:
         """Those that say how it is trained: the loss, and what is kept for the backward pass."""
         return [one for one in self.passes if one.stage >= Stage.LOSS]
+
+    @property
+    def images(self) -> bool:
+        """Whether the model takes images."""
+        return self.config.model.images is True
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -119,7 +123,6 @@ def prepare(config: DictConfig) -> Job:
     if not goes_on_in_place(cfg):
         run.refuse_used()
     resume_from = to_resume(cfg.resume, run.checkpoint_dir)
-    counters = {} if resume_from is None else saved_counters(resume_from, to_plain(cfg))
     check_loggers(cfg.loggers)
     device = rank_device(cfg.device)
     passes = [with_loss_options(one, cfg) for one in make_passes(cfg.passes)]
@@ -129,19 +132,15 @@ def prepare(config: DictConfig) -> Job:
         one.check(empty)
     tokenizer = load_tokenizer(cfg.model.id, **origin(cfg.model))
     check_samples(cfg, tokenizer, empty.config)
-    dataset = read_data(cfg.dataset, tokenizer, cfg)
+    cfg, (dataset, validation, retention) = read_sets(cfg, tokenizer, empty.config)
     if isinstance(dataset, StreamingDataset) and cfg.max_steps is None:
         raise UserError("`max_steps` must be set: how long a stream is cannot be known")
-
-    def read(source: Component | None) -> Data | None:
-        return None if source is None else read_data(source, tokenizer, cfg)
-
-    validation = read(cfg.dataset_val)
     if validation is None and (cfg.validate_every or cfg.early_stopping):
         key = "validate_every" if cfg.validate_every else "early_stopping"
         raise UserError(f"`{key}` needs held-out data: set `dataset_val`")
     if cfg.early_stopping and not cfg.validate_every:
         raise UserError("`early_stopping` needs `validate_every`, the steps between validations")
+    counters = {} if resume_from is None else saved_counters(resume_from, to_plain(cfg))
     chosen = cfg.loader.batch_size
     check_spread(cfg, passes)
     return Job(
@@ -152,7 +151,7 @@ def prepare(config: DictConfig) -> Job:
         tokenizer=tokenizer,
         dataset=dataset,
         dataset_val=validation,
-        retention=read(cfg.retention),
+        retention=retention,
         resume_from=resume_from,
         batch_size=counters.get("batch_size") if chosen == "auto" else chosen,
     )
@@ -256,34 +255,6 @@ def check_samples(
                 f"`samples.max_new_tokens={cfg.samples.max_new_tokens}` are more than the "
                 f"{positions} positions of {cfg.model.id}; lower one of them"
             )
-
-
-def read_data(
-    source: Component | list[Component],
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
-    cfg: SFTConfig,
-) -> Data:
-    """A config's data set; several are mixed by their weights, or laid end to end without.
-
-    With the processor of a model that takes images, conversations may hold some.
-    """
-    if isinstance(source, Component):
-        if "max_length" in source.arguments:
-            raise UserError(
-                f"`{source.key}.max_length`: examples are cut to `loader.length` "
-                f"({cfg.loader.length} tokens), what a row holds; set that, and leave this out"
-            )
-        data: Data = source.build(tokenizer, max_length=cfg.loader.length)
-        if not isinstance(data, StreamingDataset) and not data:
-            raise UserError(f"`{source.key}` has no examples; check its source, split and filters")
-        return data
-    weights = [one.arguments.get("weight") for one in source]
-    given = [weight is not None for weight in weights]
-    if any(given) and not all(given):
-        place = f"{source[given.index(False)].key}.weight"
-        raise UserError(f"`{place}`: give each data set a weight, or none of them")
-    parts = [read_data(one.without("weight"), tokenizer, cfg) for one in source]
-    return mix(parts, weights if all(given) else None, seed=cfg.seed)  # type: ignore[arg-type]
 
 
 def batching(options: LoaderConfig, batch_size: int, seed: int, *, shuffle: bool) -> Batching:

@@ -22,7 +22,8 @@ from graphtune.passes.qat import observe
 from graphtune.program import Program
 from graphtune.recipes import empty_model, load_run, origin
 from graphtune.recipes.evaluate import Figures, measure
-from graphtune.recipes.job import batching, read_data
+from graphtune.recipes.job import batching
+from graphtune.recipes.reading import read_data
 from graphtune.training.device import pick_device
 from graphtune.training.run import CONFIG, Run
 from graphtune.weights import load_weights

@@ -99,7 +99,8 @@ def run_on_rank(config: DictConfig) -> Run:
     cfg = job.config
     seed_everything(cfg.seed, cfg.deterministic)
     with clock.phase("capture", "capturing the graph"):
-        program = main_first(lambda: capture(job.empty))  # the others find it in the cache
+        # the others find it in the cache
+        program = main_first(lambda: capture(job.empty, images=job.images))
     with clock.phase("passes", "applying passes"):
         undivided = [one for one in job.model_passes if one.stage < Stage.DISTRIBUTE]
         whole = program.apply(*undivided) if is_spread() else None  # to be saved

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from graphtune.config import SFTConfig
     from graphtune.data import Dataset
-    from graphtune.recipes.job import Data
+    from graphtune.recipes.reading import Data
 
 _STREAMED = 1000  # examples of a stream that are looked at
 _COUNTED = 2000  # examples whose labels are counted
@@ -48,7 +48,8 @@ def data(
     from graphtune.config import load_config, validate
     from graphtune.models import load_processor
     from graphtune.recipes import origin
-    from graphtune.recipes.job import batching, read_data
+    from graphtune.recipes.job import batching
+    from graphtune.recipes.reading import read_data
 
     settings: SFTConfig = validate(load_config(config, overrides or ()))
     tokenizer = load_processor(settings.model.id, **origin(settings.model))

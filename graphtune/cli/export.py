@@ -76,7 +76,9 @@ def export(
         if output is not None:
             folder = output / name if len(wanted) > 1 else output
         # Integers go to devices; other formats hold what was trained, in full precision.
-        program, tokenizer = load_run(run, quantized=False, aware=name == "executorch")
+        program, tokenizer = load_run(
+            run, quantized=False, aware=name == "executorch", images=name in ("hf", "peft")
+        )
         applied, adapters = {row.name for row in program.ledger}, adapter_names(program)
         if "qat" in applied and "convert" not in applied:
             program = program.apply(Convert())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,7 +24,7 @@ from graphtune.config import validate as validate_config
 from graphtune.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _FIRST = 8  # examples that are read of a data set
 
@@ -93,6 +92,7 @@ def checks(config: DictConfig, data: bool) -> Iterator[Check]:
 
 def _checks_of_training(cfg: SFTConfig, data: bool) -> Iterator[Check]:
     from graphtune.capture import capture
+    from graphtune.models.images import image_model
     from graphtune.recipes import check_length, config_to_look_at, empty_model, make_passes
     from graphtune.recipes.job import goes_on_in_place, make_optimizer, make_scheduler
     from graphtune.training.device import pick_device
@@ -118,11 +118,19 @@ def _checks_of_training(cfg: SFTConfig, data: bool) -> Iterator[Check]:
     passes = make_passes(cfg.passes)
     for one in passes:
         one.check(empty)
-    program = capture(empty).apply(*passes)
+    images = bool(cfg.model.images)
+    of_data: list[Check] = []
+    if data and tokenizer is not None:
+        images, of_data = _checks_of_data(cfg, tokenizer, model_config)
+    elif images:
+        image_model(model_config)
+    program = capture(empty, images=images).apply(*passes)
     trained = sum(parameter.numel() for parameter in program.trainable_parameters())
     if not trained:
         raise UserError("`passes` leave nothing to train; add `passes.lora` or `passes.full`")
     sites = ", ".join(f"{row.name} at {len(row.sites):,} sites" for row in program.ledger)
+    if images:
+        yield Check("images", "the model is trained with those of its data")
     yield Check("passes", f"{sites or 'none'}; {trained:,} parameters train")
     optimizer = make_optimizer(program, cfg)
     yield Check("optimizer", f"{type(optimizer).__name__}, {len(optimizer.param_groups)} group(s)")
@@ -134,7 +142,7 @@ def _checks_of_training(cfg: SFTConfig, data: bool) -> Iterator[Check]:
     elif tokenizer is None:
         yield Check("data", "it needs the tokenizer", checked=False)
     else:
-        yield from _checks_of_data(cfg, tokenizer)
+        yield from of_data
 
 
 def _tokenizer(
@@ -155,25 +163,18 @@ def _tokenizer(
     yield Check("tokenizer", f"{len(tokenizer):,} tokens, {template} a chat template"), tokenizer
 
 
-def _checks_of_data(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Check]:
-    from graphtune.recipes.job import read_data
+def _checks_of_data(
+    cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig
+) -> tuple[bool, list[Check]]:
+    """Whether images are among the data, as far as is looked, and what was found of each set."""
+    from graphtune.recipes.reading import first_examples
 
-    for name in ("dataset", "dataset_val", "retention"):
-        value = getattr(cfg, name)
-        for part in value if isinstance(value, list) else [value] if value else []:
-            source = _beginning(part.without("weight") if isinstance(value, list) else part)
-            examples = list(islice(iter(read_data(source, tokenizer, cfg)), _FIRST))
-            first = examples[0].get("input_ids", ())
-            yield Check(part.key, f"can be read; its first example has {len(first)} tokens")
-
-
-def _beginning(source: Component) -> Component:
-    """The same data set, so that not all of it is read for a few examples, where it can be."""
-    if source.takes("limit"):
-        return source.having(limit=_FIRST)
-    if source.takes("streaming") and "%" not in str(source.arguments.get("split", "")):
-        return source.having(streaming=True)
-    return source
+    found = []
+    images, sets = first_examples(cfg, tokenizer, model, _FIRST)
+    for key, examples in sets:
+        first = examples[0].get("input_ids", ())
+        found.append(Check(key, f"can be read; its first example has {len(first)} tokens"))
+    return images, found
 
 
 def _components(settings: Any) -> Iterator[Component]:

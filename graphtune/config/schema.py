@@ -42,6 +42,9 @@ class ModelConfig:
     attn_implementation: Literal["sdpa", "eager"] | None = option(
         "how transformers' model code attends; null: sdpa, eager where it has no other", None
     )
+    images: bool | None = option(
+        "train on the images of conversations; null: where a data set has some", None
+    )
     trust_remote_code: bool = option("run Python code that the model's repository ships", False)
 
 

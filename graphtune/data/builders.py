@@ -19,6 +19,7 @@ from graphtune.data import formats, row_encoders
 from graphtune.data.conversations import ConversationEncoder, Tools, TrainOn, tokenizer_key
 from graphtune.data.dataset import Dataset, Truncate
 from graphtune.data.encoding import encode_rows
+from graphtune.data.fields import ImagesFound
 from graphtune.data.messages import Message
 from graphtune.data.rows import Row, RowOptions, Source, close_match, read_rows
 from graphtune.data.streaming import StreamingDataset
@@ -369,7 +370,7 @@ def _encoder(tokenizer: Tokenizer, builder: str, options: ChatOptions) -> Any:
 
         return VisionEncoder(cast(ProcessorMixin, tokenizer), **given)
     if given.pop("image_dir", None) is not None:
-        raise UserError("dataset.image_dir: the model takes no images; leave it out")
+        raise ImagesFound("dataset.image_dir: the model takes no images; leave it out")
     return ConversationEncoder(cast(PreTrainedTokenizerBase, tokenizer), **given)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
 
 from graphtune.data.dataset import IGNORE_INDEX, Example
-from graphtune.data.fields import BadRow
+from graphtune.data.fields import BadRow, ImagesFound
 from graphtune.data.messages import Conversation, Message
 from graphtune.data.rendering import ChatRenderer, Span, Turns
 from graphtune.data.templates import Template, chat_template
@@ -97,7 +97,9 @@ class ConversationEncoder:
 
         Raises:
             BadRow: malformed messages, or messages that the template refuses or rewrites.
+            ImagesFound: one of them holds an image.
         """
+        _refuse_images(messages)
         text, spans, weights = self._learned_turns(messages, tools)
         ids, spans = self._tokenize(text, spans)
         return self._label(ids, spans, weights)
@@ -293,3 +295,15 @@ def _weight(message: Mapping[str, Any], i: int) -> float:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e9:
         raise BadRow(f"messages[{i}].weight", f"must be a number from 0 on, not {weight!r:.60}")
     return float(weight)
+
+
+def _refuse_images(messages: Conversation) -> None:
+    """Raise ImagesFound at the first image; what else may be wrong is seen to later."""
+    for i, message in enumerate(messages if isinstance(messages, list | tuple) else ()):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for j, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, Mapping) and part.get("type") == "image":
+                raise ImagesFound(
+                    f"messages[{i}].content[{j}]: an image, where text alone is read; a model that "
+                    "takes images reads it with `model.images=true`"
+                )

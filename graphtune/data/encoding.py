@@ -136,7 +136,7 @@ class _Job:
                 if self.rows.on_bad_row == "error":
                     return
             except UserError as error:
-                raise UserError(f"{self.rows.place(number)}: {error}") from error
+                raise type(error)(f"{self.rows.place(number)}: {error}") from error
             else:
                 yield number, example
 

@@ -10,6 +10,11 @@ from graphtune.data.rows import PLACE, Row, close_match
 from graphtune.errors import UserError
 
 
+class ImagesFound(UserError):
+    """A conversation with an image, where text alone is read. Such rows are not left out: either
+    the data or the model is not what was meant."""
+
+
 class BadRow(UserError):
     """A row that cannot be used. Whoever reads rows adds the file and the row's number.
 

@@ -8,10 +8,24 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from graphtune.models.families import build_model
 from graphtune.models.transformer import Transformer
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that makes and loads the models of a config."""
+    kind = config.model_type
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForCausalLM
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:  # some take images, and are in no other
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def empty_model(
@@ -35,7 +49,7 @@ def empty_model(
         config._attn_implementation = attn_implementation
     chosen = (config.dtype or torch.float32) if dtype == "auto" else dtype
     with torch.device("cpu"), init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(
+        model: Any = auto_class(config).from_config(
             config, dtype=chosen, trust_remote_code=trust_remote_code
         )
     kept = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(chosen)]

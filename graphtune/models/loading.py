@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
@@ -28,7 +27,7 @@ from transformers import (
 
 from graphtune.errors import UserError
 from graphtune.models.dtypes import resolve_device, resolve_dtype
-from graphtune.models.empty import as_ours, empty_model, move_buffers_aside
+from graphtune.models.empty import as_ours, auto_class, empty_model, move_buffers_aside
 from graphtune.models.families import read_options
 from graphtune.models.gguf import load_gguf_config, load_gguf_model, load_gguf_tokenizer
 from graphtune.models.meta_llama import is_meta_folder, load_meta_config, tokenizer_family
@@ -108,7 +107,7 @@ def load_model(
             model = load_gguf_model(Path(source), loaded_dtype, **asked)
         else:
             options = pretrained_options(source, revision, trust_remote_code) | asked
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_class(config).from_pretrained(
                 source, config=config, dtype=loaded_dtype, **options
             )
     if ours:

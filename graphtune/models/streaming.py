@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -39,7 +39,7 @@ from graphtune.distributed import Part
 from graphtune.errors import UserError
 from graphtune.models.checkpoints import Checkpoint, SafetensorsFiles, TorchFiles
 from graphtune.models.dtypes import resolve_dtype
-from graphtune.models.empty import empty_model
+from graphtune.models.empty import auto_class, empty_model
 from graphtune.models.gguf import load_gguf_model, open_gguf
 from graphtune.models.meta_llama import MetaLlama, has_meta_files
 from graphtune.models.sources import (
@@ -98,7 +98,7 @@ def stream_weights(
         model = empty_model(model_config, chosen, trust_remote_code=trust_remote_code)
         checkpoint = _open(source, model, options)
         if checkpoint is None:
-            return _unload(_load_whole(source, model.config.dtype, options))
+            return _unload(_load_whole(source, model.config, options))
         plan, unexpected = _plan(checkpoint, model, parts or {})
     return _stream(id, checkpoint, plan, unexpected, model)
 
@@ -140,10 +140,13 @@ def load_streamed(
     return model
 
 
-def _load_whole(source: str, dtype: torch.dtype, options: dict[str, Any]) -> torch.nn.Module:
+def _load_whole(source: str, config: Any, options: dict[str, Any]) -> torch.nn.Module:
     if is_gguf(source):
-        return load_gguf_model(Path(source), dtype)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        return load_gguf_model(Path(source), config.dtype)
+    model: torch.nn.Module = auto_class(config).from_pretrained(
+        source, dtype=config.dtype, **options
+    )
+    return model
 
 
 def _unload(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

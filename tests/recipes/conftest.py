@@ -61,7 +61,7 @@ def quick(config, model_folder, monkeypatch):
     """The config without what takes longest: the graph is captured once, its memory never asked
     for, and nothing measured before and after."""
 
-    def captured(model):
+    def captured(model, **_):
         if model_folder not in _CAPTURED:
             _CAPTURED[model_folder] = capture(model)
         return _CAPTURED[model_folder]
