@@ -113,7 +113,7 @@ def config_to_look_at(model: ModelConfig) -> tuple[PretrainedConfig, str]:
 
 def check_length(cfg: SFTConfig, config: PretrainedConfig) -> None:
     """Raise UserError if a row of the config's is longer than its model's positions."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and cfg.loader.length > positions:
         raise UserError(
             f"`loader.length={cfg.loader.length}` is more than the {positions} positions of "

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def config(family: str, folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         "graphtune.recipes.reading.load_processor", lambda *_, **__: _processor(family)
     )
+    monkeypatch.setattr("graphtune.recipes.job.check_fits", lambda *_, **__: None)
     for i in range(4):
         picture(20 + 8 * i, 30, seed=i)["image"].save(tmp_path / f"{i}.png")
     rows = []
@@ -150,3 +152,39 @@ def test_a_run_that_was_stopped_goes_on(
     stopped_at(monkeypatch, path, 4)
     assert graphtune("train", path, "resume=auto") == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_validate_looks_for_images(
+    config: Any, family: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [f"dataset.{key}={config['dataset'][key]}" for key in ("source", "image_dir")]
+    targets = f"passes.lora.targets=[{LANGUAGE[family]!r}]"
+    words = [f"model.id={folder}", *data, "~dataset.split", "loader.length=192", targets]
+    assert graphtune("validate", "vision", *words, f"output_dir={tmp_path / 'none'}") == 0
+    assert "images        the model is trained with those of its data" in capsys.readouterr().out
+
+
+def test_images_that_are_not_wanted(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = (
+        r"`dataset`: .*data.jsonl, row 2: messages\[0\].content\[0\]: an image, where text alone"
+    )
+    del config["dataset"]["image_dir"]
+    path = write_config(tmp_path / "config.yaml", changed(config, {"model": {"images": False}}))
+    assert graphtune("train", path) == 2
+    assert re.search(where, capsys.readouterr().err)
+
+
+def test_images_for_a_model_of_text(
+    config: Any, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passes = {"lora": {"targets": ["all-linear"]}}
+    other = changed(config, {"model": {"id": str(model_folder)}, "passes": passes})
+    del other["dataset"]["image_dir"]
+    other["loader"]["length"] = 64
+    path = write_config(tmp_path / "config.yaml", other)
+    for words in ((), ("model.images=true",)):
+        assert graphtune("train", path, *words) == 2
+        assert "model.id: a model of type 'llama' takes no images" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
