@@ -52,7 +52,7 @@ def load_speaker(
     """
     stored = [Quantize(format=quantize)] if quantize else []  # type: ignore[arg-type]
     if (Path(target) / CONFIG).is_file():
-        program, tokenizer = load_run(target, tuned=not base, images=False)
+        program, tokenizer = load_run(target, tuned=not base)
         if merge and adapter_names(program):
             program = program.apply(Merge())
         return program.apply(*stored).eval(), tokenizer
@@ -73,9 +73,14 @@ def load_speaker(
 def cached(program: Program, tokens: int, rows: int) -> Program:
     """A program with a cache for so many rows of so many tokens, prompt and answer together.
 
+    One that was captured with images stays without: adapters may be in its vision part, which a
+    program for text has not.
+
     Raises:
         UserError: the model cannot have one; see `KVCache`.
     """
+    if program.takes_images:
+        return program.eval()
     length = -(-tokens // _STEP) * _STEP
     positions = getattr(program.config, "max_position_embeddings", None)
     if positions is not None and tokens <= positions:

@@ -158,7 +158,8 @@ SLOWLY = pytest.mark.slow
 WAYS = [
     ("all", False),
     *(pytest.param(name, False, marks=SLOWLY) for name in ("lora", "language", "qlora")),
-    *(pytest.param(name, how, marks=SLOWLY) for name in PASSES for how in ("whole", "layers")),
+    *(pytest.param("all", how, marks=SLOWLY) for how in ("whole", "layers")),
+    *(pytest.param(name, "whole", marks=SLOWLY) for name in ("lora", "qlora")),
 ]
 
 
