@@ -13,7 +13,6 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -22,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from graphtune.errors import UserError
 from graphtune.export.artifact import artifact, logits, probe_ids
+from graphtune.models.empty import auto_class
 from graphtune.passes.adapters import is_adapter_parameter
 
 
@@ -65,7 +65,7 @@ def to_hf(
         write_hf(program, made.path, tokenizer=tokenizer, max_shard_size=max_shard_size)
         if verify:
             ids = probe_ids(program, tokenizer)
-            loaded: nn.Module = AutoModelForCausalLM.from_pretrained(made.path)
+            loaded: nn.Module = auto_class(program.config).from_pretrained(made.path)
             loaded.to(next(program.parameters()).device)
             made.check("transformers", logits(loaded, ids), logits(program, ids), tolerance)
     return Path(out_dir)

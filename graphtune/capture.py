@@ -154,7 +154,7 @@ def _export_at(
     batch = torch.export.Dim("batch", min=2, max=1 << 16)
     seq = torch.export.Dim("seq", min=least, max=_longest(model))
     device = next(model.parameters()).device
-    inputs = (
+    inputs: tuple[Tensor, ...] = (
         torch.zeros(3, length, dtype=torch.int64, device=device),
         torch.ones(3, 1, length, length, dtype=torch.bool, device=device).tril(),
         torch.arange(length, device=device).expand(3, -1).contiguous(),

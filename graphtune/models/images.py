@@ -154,7 +154,8 @@ def _llava_features(self: Any, pixel_values: Tensor, **_: Any) -> Any:
     if self.config.vision_feature_select_strategy == "default":
         chosen = [hidden[:, 1:] for hidden in chosen]
     features = self.multi_modal_projector(torch.cat(chosen, dim=-1))
-    return BaseModelOutputWithPooling(pooler_output=[features.flatten(0, 1)])
+    parts: Any = [features.flatten(0, 1)]
+    return BaseModelOutputWithPooling(pooler_output=parts)
 
 
 # Methods, by class and name.
