@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -65,7 +66,8 @@ def to_hf(
         write_hf(program, made.path, tokenizer=tokenizer, max_shard_size=max_shard_size)
         if verify:
             ids = probe_ids(program, tokenizer)
-            loaded: nn.Module = auto_class(program.config).from_pretrained(made.path)
+            config: Any = program.config
+            loaded: nn.Module = auto_class(config).from_pretrained(made.path)
             loaded.to(next(program.parameters()).device)
             made.check("transformers", logits(loaded, ids), logits(program, ids), tolerance)
     return Path(out_dir)
