@@ -14,7 +14,9 @@ A single process has no mesh, and everything here does nothing in it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -29,6 +31,7 @@ from torch.nn import functional
 
 from graphtune import roll_call
 from graphtune.errors import UserError
+from graphtune.torch_private import pretended_processes
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 DATA_AXES = ("dp_replicate", "dp_shard", "cp")
@@ -104,6 +107,31 @@ def make_mesh(
     shape = _whole_sizes(sizes, dist.get_world_size())
     _mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
     return _mesh
+
+
+@contextmanager
+def pretended(sizes: Mapping[str, int]) -> Iterator[DeviceMesh]:
+    """Within it the run's mesh has these sizes and this process is its rank 0, all by itself.
+
+    Programs on the device `meta` can be spread over it and looked at; nothing is exchanged.
+
+    Args:
+        sizes: of axes of the mesh; those that are not named have one rank.
+
+    Raises:
+        UserError: a size is not positive, or there are processes already.
+    """
+    global _mesh
+    whole = dict.fromkeys(AXES, 1) | dict(sizes)
+    ranks = math.prod(whole.values())
+    _whole_sizes(whole, ranks)
+    if dist.is_initialized():
+        raise UserError("mesh: this process is one of several; a mesh is pretended in one alone")
+    with pretended_processes(ranks):
+        try:
+            yield make_mesh("cpu", **whole)
+        finally:
+            _mesh = None
 
 
 def _whole_sizes(sizes: Mapping[str, int], ranks: int) -> tuple[int, ...]:

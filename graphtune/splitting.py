@@ -96,7 +96,7 @@ class Spread:
         batch, tokens = self._ids.meta["val"].shape
         self._symbols = {str(size_symbol(batch)): _ROWS, str(size_symbol(tokens)): _TOKENS}
         self._full = {node: self._shapes(node) for node in edit.graph.nodes}
-        self._trains = _depending_on_trained(edit)
+        self._trains = depending_on_trained(edit)
         self._constants: set[fx.Node] = set(edit.graph.find_nodes(op="get_attr"))
         for node in edit.graph.nodes:
             sources = node.all_input_nodes if node.op == "call_function" else []
@@ -329,7 +329,7 @@ def revalue(node: fx.Node) -> None:
     node.meta["val"] = propagate(like, node.target, args, kwargs)
 
 
-def _depending_on_trained(edit: Edit) -> set[fx.Node]:
+def depending_on_trained(edit: Edit) -> set[fx.Node]:
     """Nodes whose results get a gradient."""
     found: set[fx.Node] = set()
     for node in edit.graph.nodes:

@@ -3,12 +3,13 @@
 `tests/test_torch_private.py` fails clearly when torch moves one of them.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx
 from torch._C._distributed_c10d import _resolve_process_group
 from torch._dynamo.decorators import maybe_mark_dynamic
@@ -202,3 +203,19 @@ def write_memory_history(device: torch.device, path: Path) -> None:
     memory: Any = torch.get_device_module(device).memory
     memory._dump_snapshot(str(path))
     memory._record_memory_history(enabled=None)
+
+
+@contextmanager
+def pretended_processes(ranks: int) -> Iterator[None]:
+    """Within it there is a default process group of `ranks`, of which this process is rank 0.
+
+    Its collectives return at once, without a value that means anything. The backend `fake` is
+    registered by a module for torch's own tests, which has its store, too.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from graphtune.losses import ROW_INPUTS, cross_entropy
+from graphtune.losses import ROW_INPUTS, Loss, cross_entropy
 from graphtune.models.images import image_model
 from graphtune.recomputation import by_region
 from graphtune.torch_private import TensorMode, fake_tensors
@@ -83,13 +83,9 @@ def _measure(
 ) -> MemoryEstimate:
     make = optimizer or (lambda parameters: torch.optim.AdamW(parameters))
     with _only_new_garbage(), fake_tensors():
-        tensors: dict[str, Tensor] = {
-            name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-            for name, p in program.named_parameters()
-        }
-        tensors |= {n: torch.empty(b.shape, dtype=b.dtype) for n, b in program.named_buffers()}
+        tensors = empty_tensors(program)
         trainable = [t for t in tensors.values() if isinstance(t, nn.Parameter) and t.requires_grad]
-        inputs = None if shape is None else _inputs(program, *shape)
+        inputs = None if shape is None else empty_batch(program, *shape)
         with _Live() as live:
             live.count(tensors.values())
             parameters = live.now
@@ -100,7 +96,7 @@ def _measure(
             gradients = _bytes(trainable)
             live.peak = parameters + gradients + state
             if inputs is not None:
-                _backward(program, tensors, inputs)
+                loss_on_shapes(program, tensors, inputs).backward()
                 gc.collect()
                 stepper.step()
     return MemoryEstimate(
@@ -111,8 +107,17 @@ def _measure(
     )
 
 
-def _inputs(program: Program, batch: int, seq: int) -> Sequence[Tensor]:
-    """A batch in which every token has a label, and one with as many images as have room."""
+def empty_tensors(program: Program) -> dict[str, Tensor]:
+    """Parameters and buffers of a program's shapes, made in the mode that is on."""
+    tensors: dict[str, Tensor] = {
+        name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+        for name, p in program.named_parameters()
+    }
+    return tensors | {n: torch.empty(b.shape, dtype=b.dtype) for n, b in program.named_buffers()}
+
+
+def empty_batch(program: Program, batch: int, seq: int) -> Sequence[Tensor]:
+    """What a program takes: every token has a label, and there are as many images as have room."""
     ids = torch.zeros(batch, seq, dtype=torch.int64)
     mask = torch.ones(batch, 1, seq, seq, dtype=torch.bool)
     inputs = [ids, mask, torch.zeros(batch, seq, dtype=torch.int64)]
@@ -134,15 +139,26 @@ def _optimize(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def _backward(program: Program, tensors: dict[str, Tensor], inputs: Sequence[Tensor]) -> None:
+def loss_on_shapes(
+    program: Program,
+    tensors: dict[str, Tensor],
+    inputs: Sequence[Tensor],
+    loss: Loss | None = None,
+) -> Tensor:
+    """The loss of a step without a compiler, to be differentiated.
+
+    Args:
+        tensors: see `empty_tensors`.
+        inputs: see `empty_batch`.
+        loss: of a program that gives logits; None: cross entropy of those that a rank has.
+    """
     with recompute_in_backward():  # as the step does where nothing is compiled
         output = torch.func.functional_call(by_region(program).graph_module, tensors, tuple(inputs))
         if "rows" not in program.inputs:
             # A rank's logits may be those of some of the tokens.
-            output = cross_entropy(output, inputs[0][:, : output.shape[1]])
-        loss = output.sum() / inputs[0].numel()
-        del output
-    loss.backward()
+            labels = inputs[0] if loss else inputs[0][:, : output.shape[1]]
+            output = (loss or cross_entropy)(output, labels, None)
+        return output.sum() / inputs[0].numel()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
