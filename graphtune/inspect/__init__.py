@@ -1,4 +1,4 @@
-"""Text views of Programs."""
+"""Text views of Programs, and what a step of one takes."""
 
 from graphtune.inspect.diff import diff
 from graphtune.inspect.ledger import ledger

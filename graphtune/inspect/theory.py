@@ -195,12 +195,11 @@ class _Theory:
                 self._left(node, pieces, again=False)
             elif site.name == head and self._divided(site.name):
                 self._entered(site.input, pieces, again=False)
-        for block in blocks:
-            layer = layer_of(block.row.node)
+        layers = [layer_of(block.row.node) for block in blocks]
+        for index, block in enumerate(blocks):
+            layer = layers[index]
             self._entered(block.columns[0].input, pieces, again=layer in self.again)
-            last = (
-                block is blocks[-1] or layer_of(blocks[blocks.index(block) + 1].row.node) != layer
-            )
+            last = layer not in layers[index + 1 :]  # nothing there needs its result
             self._left(block.row.node, pieces, again=layer in self.again and not last)
             for column in block.columns if sequence else ():
                 for half in self._first_halves(column):  # gathered, too, as it is small
@@ -219,9 +218,9 @@ class _Theory:
     def _first_halves(self, column: Site) -> Iterator[fx.Node]:
         """What adapters of a linear make of its input."""
         for node in self.edit.graph.find_nodes(op="call_function", target=aten.linear.default):
-            if module_of(node)[0] == column.name and "adapter" in node.meta.get("custom", {}):
-                if node.meta["val"].shape[-1] != column.node.meta["val"].shape[-1]:
-                    yield node
+            own = module_of(node)[0] == column.name and "adapter" in node.meta.get("custom", {})
+            if own and node.meta["val"].shape[-1] != column.node.meta["val"].shape[-1]:
+                yield node
 
     def _entered(self, node: fx.Node, pieces: int, *, again: bool) -> None:
         amount = self._bytes(node, pieces)

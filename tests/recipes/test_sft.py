@@ -117,6 +117,24 @@ def test_inspect_shows_tree_and_ledger(config, write, capsys):
     assert len(row["sites"]) == 14
 
 
+def test_inspect_shows_what_a_rank_of_a_mesh_holds_and_exchanges(config, write, capsys):
+    words = ("inspect", write(config), "--mesh", "dp=4", "--json", "passes.fsdp={}")
+    assert graphtune(*words) == 0
+    told = json.loads(capsys.readouterr().out)["mesh"]
+    assert told["ranks"] == 4 and told["mesh"]["dp_shard"] == 4
+    kinds = {(row["phase"], row["kind"]) for row in told["exchanges"]}
+    assert ("backward", "reduce-scatter") in kinds
+    assert all(row["bytes"] == row["theory_bytes"] > 0 for row in told["exchanges"])
+    for mesh, said in (
+        ("ep=2", "no 'ep'"),
+        ("tp=3", "tp=3 does not divide the model's num_"),
+        ("dp=0", "a number of ranks"),
+        ("dp=1", "is one process"),
+    ):
+        assert graphtune("inspect", write(config), "--mesh", mesh) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
