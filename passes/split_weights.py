@@ -51,13 +51,13 @@ class WeightSlices:
 
     def vocabulary(self, embeddings: Sequence[Site], heads: Sequence[Site]) -> list[Site]:
         """Keep of embeddings and the output head this rank's tokens of the vocabulary."""
-        for site in (*embeddings, *heads):  # all, as a tied weight is divided with the first
+        for site in (*embeddings, *heads):  # before any: a tied weight is divided with the first
             self._check_vocabulary(site)
+        for site in heads:
+            self.column(site)
         for site in embeddings:
             self._weight(site, 0, ())
             self.special[site.node] = self._look_up
-        for site in heads:
-            self.column(site)
         return [*embeddings, *heads]
 
     def _check_vocabulary(self, site: Site) -> None:
