@@ -30,6 +30,7 @@ from graphtune.program import Program
 from graphtune.recomputation import as_tagged, by_region
 from graphtune.torch_private import salted_cache
 from graphtune.training.optimizers import MuonWithAdamW, OptimizerInBackward
+from graphtune.training.ranks import raise_together
 from graphtune.transient import recompute_in_backward
 
 
@@ -203,6 +204,7 @@ class TrainStep:
 
         Raises:
             RuntimeError: naming the parameter and the difference.
+            UserError: on another rank they differ; all ranks of a run must call, and all raise.
         """
         if tolerance is None:
             tolerance = 0.1 if rounds_inputs(self.program.graph) else 1e-3
@@ -220,11 +222,16 @@ class TrainStep:
         for name, e, f in zip(names, expected, found, strict=True):
             difference = float((e - f).norm()) / max(float(e.norm()), 1e-3 * scale)
             worst, where = max((worst, where), (difference, name))
+        failure = None
         if not worst <= tolerance:
-            raise RuntimeError(
+            failure = RuntimeError(
                 f"compiled and eager gradients differ by {worst:.2g} (relative) at {where}, more "
                 f"than {tolerance:.0e}; train with compile=false and report this"
             )
+        if self.program.distribution is not None:
+            raise_together(failure)
+        elif failure is not None:
+            raise failure
         return worst
 
     def _gradients(self, loss_sum: Any, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -35,7 +35,8 @@ class ContextParallel(Pass):
     tokens: the first and the last of twice as many pieces as there are ranks, on the first rank,
     and so on inwards, so that a causal mask leaves as much work to each. Attention gathers keys
     and values of all tokens; the backward pass sums and scatters their gradients. Any mask does:
-    windows, packed texts, padding. The loss is `graphtune.losses.ContextParallelCrossEntropy`.
+    windows, packed texts, padding. The loss is `graphtune.losses.ContextParallelCrossEntropy`, or
+    that of `FusedLoss`.
 
     `fsdp` or `data_parallel` must follow: they sum the gradients over `cp`, too.
 
@@ -48,7 +49,9 @@ class ContextParallel(Pass):
     name: ClassVar[str] = "context_parallel"
     takes_images: ClassVar[bool] = False
     stage: ClassVar[Stage] = Stage.DISTRIBUTE
-    conflicts: ClassVar[frozenset[str]] = frozenset({"context_parallel", "fsdp", "data_parallel"})
+    conflicts: ClassVar[frozenset[str]] = frozenset(
+        {"context_parallel", "fsdp", "data_parallel", "fused_loss"}
+    )
 
     @property
     def numerics(self) -> Numerics:

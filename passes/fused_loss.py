@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
+from graphtune.distributed import group_name
 from graphtune.errors import UserError
 from graphtune.gradients import with_gradients
 from graphtune.losses import (
     ROW_INPUTS,
+    ContextParallelCrossEntropy,
+    Loss,
     cross_entropy,
     token_cross_entropy,
     token_cross_entropy_slope,
@@ -62,10 +66,8 @@ class FusedLoss(Pass):
 
     name: ClassVar[str] = "fused_loss"
     stage: ClassVar[Stage] = Stage.LOSS
-    # Those split what a row, or the vocabulary, is over ranks.
-    conflicts: ClassVar[frozenset[str]] = frozenset(
-        {"fused_loss", "context_parallel", "tensor_parallel"}
-    )
+    # Tensor parallel divides the vocabulary over ranks.
+    conflicts: ClassVar[frozenset[str]] = frozenset({"fused_loss", "tensor_parallel"})
 
     def __post_init__(self) -> None:
         if self.chunks < 1:
@@ -87,12 +89,21 @@ class FusedLoss(Pass):
 
     def __call__(self, program: Program) -> Program:
         """Apply the pass; the loss is checked against that of the program's logits."""
+        if self.output == "log_probs" and _divides_tokens(program):
+            raise UserError(
+                f"`{KEY}.output=log_probs` is of whole rows, whose tokens "
+                "`passes.context_parallel` divides"
+            )
         after = super().__call__(program)
         if after.deferred is None:
             ids = probe_ids(program)
             logits = eval_output(program, ids)
             options = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
-            expected = cross_entropy(logits, ids, **options)  # type: ignore[arg-type]
+            loss: Loss = partial(cross_entropy, **options)  # type: ignore[arg-type]
+            if _divides_tokens(program):
+                group = group_name(program.distribution.mesh, "cp")  # type: ignore[union-attr]
+                loss = ContextParallelCrossEntropy(group, **options)
+            expected = loss(logits, ids, None)
             sign = 1 if self.output == "loss" else -1
             check_close(expected * sign, eval_output(after, ids).sum(), self.name, self.numerics)
         return after
@@ -176,6 +187,11 @@ class FusedLoss(Pass):
             return (value,)
         slope = token_cross_entropy_slope(logits.detach(), targets, weights * sign, *options)
         return value, *torch.autograd.grad(logits, leaves, slope)
+
+
+def _divides_tokens(program: Program) -> bool:
+    """Whether a rank has the logits of some tokens."""
+    return any(row.name == "context_parallel" for row in program.ledger)
 
 
 def _sum(edit: Edit, nodes: Sequence[fx.Node]) -> fx.Node:

@@ -213,12 +213,11 @@ def check_spread(cfg: SFTConfig, passes: list[Pass]) -> None:
         raise UserError(
             "`samples` need the whole model on a rank; set it to null, or take data_parallel"
         )
-    for one in passes:
-        apart = one.name == "context_parallel" or not getattr(one, "gather_logits", True)
-        if apart and "fused_loss" in names:
-            raise UserError(
-                f"`passes.fused_loss` needs all logits, which `passes.{one.name}` divides"
-            )
+    if {"fused_loss", "tensor_parallel"} <= names:
+        raise UserError(
+            "`passes.fused_loss` needs all logits, which `passes.tensor_parallel` divides; leave "
+            "it out, `~passes.fused_loss`"
+        )
 
 
 def loss_of(cfg: SFTConfig, passes: list[Pass], *, plain: bool = False) -> Loss:

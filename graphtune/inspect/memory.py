@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from graphtune.distributed import size
 from graphtune.losses import ROW_INPUTS, Loss, cross_entropy
 from graphtune.models.images import image_model
 from graphtune.recomputation import by_region
@@ -127,8 +128,9 @@ def empty_batch(program: Program, batch: int, seq: int) -> Sequence[Tensor]:
         inputs += model.blank(ids, images).values()
     if "rows" in program.inputs:
         chunks = int(program.inputs["rows"].shape[0])
-        size = max(2, -(-batch * seq // chunks))
-        inputs += [torch.zeros(chunks, size, dtype=dtype) for dtype in ROW_INPUTS.values()]
+        shares = size(program.distribution.mesh, "cp") if program.distribution else 1
+        rows = max(2, -(-batch * seq // (chunks * shares)))
+        inputs += [torch.zeros(chunks, rows, dtype=dtype) for dtype in ROW_INPUTS.values()]
     return inputs
 
 

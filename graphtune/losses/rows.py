@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphtune import exchange
+from graphtune.distributed import group_name
 from graphtune.losses.cross_entropy import (
     IGNORE_INDEX,
     cross_entropy,
@@ -16,6 +18,7 @@ from graphtune.losses.cross_entropy import (
     shift_weights,
 )
 from graphtune.models.images import IMAGE_INPUTS
+from graphtune.torch_private import group_size
 
 Batch: TypeAlias = Mapping[str, Tensor]
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -26,7 +29,7 @@ ROW_INPUTS = {"rows": torch.int64, "targets": torch.int64, "row_weights": torch.
 
 
 def labelled_rows(
-    labels: Tensor, weights: Tensor | None = None, *, chunks: int
+    labels: Tensor, weights: Tensor | None = None, *, chunks: int, group: str | None = None
 ) -> dict[str, Tensor]:
     """The positions of a batch that predict a labelled token, in chunks of one size.
 
@@ -36,17 +39,27 @@ def labelled_rows(
         labels: int64 (batch, seq), unshifted, -100 where nothing is to be learned.
         weights: float32 (batch, seq), what each label's loss is multiplied by.
         chunks: how many chunks the positions are dealt to.
+        group: name of the process group over which `ContextParallel` divides each row's tokens;
+            positions are then among those of this rank. As a step counts the tokens of all ranks,
+            and so each once for each rank, weights are multiplied by their number.
 
     Returns:
         `rows` int64 (chunks, n), positions in the flattened batch; `targets` int64 (chunks, n),
         the tokens that follow them; `row_weights` float32 (chunks, n), 0 for what fills up the
         last chunk. n is at least 2, as symbolic sizes have to be.
     """
-    targets = shift_labels(labels).flatten()
+    following = shift_labels(labels)
+    given = None if weights is None else shift_weights(weights)
+    ranks = 1
+    if group is not None:
+        ranks = group_size(group)
+        following = exchange.share_balanced(following, 1, IGNORE_INDEX, group)
+        given = None if given is None else exchange.share_balanced(given, 1, 0, group)
+    targets = following.flatten()
     rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    kept = torch.ones_like(rows, dtype=torch.float32)
-    if weights is not None:
-        kept = shift_weights(weights).flatten()[rows].float()
+    kept = torch.full_like(rows, ranks, dtype=torch.float32)
+    if given is not None:
+        kept *= given.flatten()[rows]
     size = max(2, -(-rows.numel() // chunks))
     fill = (0, size * chunks - rows.numel())
     parts = {"rows": rows, "targets": targets[rows], "row_weights": kept}
@@ -58,7 +71,11 @@ def with_rows(program: Any, batch: Batch) -> Batch:
     if "rows" not in program.inputs:
         return batch
     chunks = int(program.inputs["rows"].shape[0])
-    return {**batch, **labelled_rows(batch["labels"], batch.get("weights"), chunks=chunks)}
+    group = None
+    if any(row.name == "context_parallel" for row in program.ledger):
+        group = group_name(program.distribution.mesh, "cp")
+    labels, weights = batch["labels"], batch.get("weights")
+    return {**batch, **labelled_rows(labels, weights, chunks=chunks, group=group)}
 
 
 def loss_sum(program: Any, batch: Batch, loss: Loss = cross_entropy) -> Tensor:

@@ -33,11 +33,18 @@ def main_first(work: Callable[[], T]) -> T:
                 result = work()
             except Exception as error:
                 failure = error
-        _raise_together(failure)
+        raise_together(failure)
     return result
 
 
-def _raise_together(failure: Exception | None) -> None:
+def raise_together(failure: Exception | None) -> None:
+    """Raise on every rank if there is a failure on one; all must call, at the same place.
+
+    A rank that went on alone would wait in its next collective for one that has raised.
+
+    Raises:
+        Exception: this rank's own failure; else a UserError that names the rank and its.
+    """
     text = None if failure is None else f"{type(failure).__name__}: {failure}"
     said = str(failure) if isinstance(failure, UserError) else text
     for rank, message in enumerate(gathered(said)):

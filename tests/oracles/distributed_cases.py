@@ -225,6 +225,23 @@ def gradients_of(case: Case) -> dict[str, Tensor]:
     }
 
 
+def wrong_loss_on_one_rank(case: Case) -> str:
+    """What `check` says on each rank when one has another loss than eagerly."""
+    program = distributed(case)
+    step = gt.compile_step(program, _optimizer(program), compile=False)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    (row,) = batches(ranks, 1)
+    eager = step.loss_sum
+    assert step.check(row[rank]) == 0
+    if rank == 1:  # a constant, so that gradients are right on all ranks
+        step.loss_sum = lambda batch: eager(batch) + 1  # type: ignore[method-assign]
+    try:
+        step.check(row[rank])
+    except (RuntimeError, gt.UserError) as error:
+        return str(error)
+    return ""
+
+
 def alive_after_forward(case: Case) -> int:
     """Bytes that an uncompiled forward pass leaves for the backward pass."""
     program = distributed(case)

@@ -30,6 +30,7 @@ from graphtune.passes import (
     ContextParallel,
     DataParallel,
     DoRA,
+    FusedLoss,
     LoRA,
     Quantize,
     TensorParallel,
@@ -257,3 +258,38 @@ def compiled(case: Case) -> float:
     step = gt.compile_step(split, optimizer, loss=loss)
     ids = torch.arange(2 * LENGTH).reshape(2, LENGTH) % VOCAB
     return step.check({"input_ids": ids, "labels": ids})
+
+
+def fused(ranks: int) -> dict[str, float]:
+    """How far steps with FusedLoss on some tokens of each row are from one process's."""
+    mesh = make_mesh("cpu", cp=ranks, dp_shard=1)
+    worst: dict[str, float] = {}
+    for name, more in (("full", ()), ("lora", (LoRA(rank=4),))):
+        torch.manual_seed(1)
+        alone = copy.deepcopy(captured("llama")).apply(*more)
+        split = alone.apply(ContextParallel(mesh=mesh), DataParallel(mesh=mesh))
+        programs = copy.deepcopy(alone), split.apply(FusedLoss(chunks=2, label_smoothing=0.1))
+        loss = functools.partial(cross_entropy, label_smoothing=0.1)
+        steps = [
+            gt.compile_step(
+                one,
+                torch.optim.AdamW(one.trainable_parameters(), lr=1e-3, eps=1e-2),
+                compile=False,
+                loss=loss,
+            )
+            for one in programs
+        ]
+        ids = torch.arange(2 * LENGTH).reshape(2, LENGTH) % VOCAB
+        labels = ids.masked_fill(ids % 5 == 0, -100)
+        labels[:, 1:3] = -100  # on one rank fewer are labelled than on the other
+        batch = {"input_ids": ids, "labels": labels, "weights": 1 + ids % 3 / 2}
+        for _ in range(3):
+            expected, found = (step(batch) for step in steps)
+            for key in ("loss", "grad_norm"):
+                difference = abs(found[key] / expected[key] - 1)
+                worst[f"{name} {key}"] = max(worst.get(f"{name} {key}", 0), difference)
+        whole, own = (dict(one.named_parameters()) for one in programs)
+        with torch.no_grad():
+            far = {n: (own[n] - p).norm() / (p.norm() + 1e-2) for n, p in whole.items()}
+        worst[name] = max(map(float, far.values()))
+    return worst

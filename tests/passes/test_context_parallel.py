@@ -14,7 +14,7 @@ from graphtune.losses import ContextParallelCrossEntropy
 from graphtune.passes import ContextParallel
 from tests.oracles.models import tiny_model
 from tests.oracles.ranks import World
-from tests.oracles.tensor_cases import Case, compare_all, packed
+from tests.oracles.tensor_cases import Case, compare_all, fused, packed
 
 TWO = {"cp": 2, "dp_shard": 1}
 CASES = {
@@ -32,14 +32,15 @@ FOUR = {
 }
 
 
-def _run(cases: dict[str, Case], ranks: int) -> tuple[dict[str, list[Any]], list[float]]:
+def _run(cases: dict[str, Case], ranks: int) -> tuple[dict[str, list[Any]], Any, Any]:
     world = World(ranks)
     try:
         results = world(compare_all, list(cases.values()))
         masks = world(packed, ranks)
+        losses = world(fused, ranks)
     finally:
         world.stop()
-    return {name: [one[i] for one in results] for i, name in enumerate(cases)}, masks
+    return {name: [one[i] for one in results] for i, name in enumerate(cases)}, masks, losses
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,11 @@ def test_trains_as_one_process(name: str, two: Any) -> None:
 def test_packed_rows(two: Any) -> None:
     """Two texts in a row, whose number of tokens does not divide, with a mask of blocks."""
     assert max(two[1]) < 1e-5
+
+
+def test_a_loss_in_chunks_of_each_ranks_labels(two: Any) -> None:
+    for found in two[2]:
+        assert len(found) == 6 and max(found.values()) < 1e-5, found
 
 
 def test_gathers_keys_and_values_of_each_layer(two: Any) -> None:

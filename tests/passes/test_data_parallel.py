@@ -17,6 +17,7 @@ from tests.oracles.distributed_cases import (
     train,
     train_all,
     train_alone,
+    wrong_loss_on_one_rank,
 )
 from tests.oracles.models import assert_same_tensors
 from tests.oracles.ranks import RankFailed, World
@@ -85,6 +86,12 @@ def test_all_ranks_start_from_the_first_ones_parameters(world: World) -> None:
 def fail_on_one() -> None:
     if torch.distributed.get_rank() == 1:
         raise ValueError("this one")
+
+
+def test_what_is_wrong_on_one_rank_is_told_on_all(world: World) -> None:
+    first, second = world(wrong_loss_on_one_rank, Case())
+    assert "at the loss" in second
+    assert first == f"rank 1: RuntimeError: {second}"
 
 
 def test_bad_options(monkeypatch: pytest.MonkeyPatch) -> None:
