@@ -91,3 +91,12 @@ def test_the_history_of_an_allocator_is_where_it_was(tmp_path):
     inspect.signature(memory._record_memory_history).bind(enabled=None)
     inspect.signature(memory._dump_snapshot).bind(str(tmp_path))
     assert not torch_private.start_memory_history(torch.device("cpu"))
+
+
+def test_processes_are_pretended():
+    import torch.distributed as dist
+
+    with torch_private.pretended_processes(6):
+        assert (dist.get_rank(), dist.get_world_size()) == (0, 6)
+        dist.all_reduce(torch.ones(2))  # waits for nobody
+    assert not dist.is_initialized()

@@ -108,8 +108,7 @@ def _sizes(text: str, settings: SFTConfig, model_config: PretrainedConfig) -> di
         if axis not in AXES:
             known = ("dp", *AXES)
             raise UserError(
-                f"`--mesh {text}`: a mesh has no {name!r}, but {', '.join(known)}"
-                + did_you_mean(name, known)
+                f"`--mesh {text}`: a mesh has no axis {name!r}{did_you_mean(name, known)}"
             )
         if not size.isdecimal() or int(size) < 1:
             raise UserError(f"`--mesh {text}`: {name}={size} must be a number of ranks from 1")

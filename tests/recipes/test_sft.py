@@ -126,7 +126,7 @@ def test_inspect_shows_what_a_rank_of_a_mesh_holds_and_exchanges(config, write, 
     assert ("backward", "reduce-scatter") in kinds
     assert all(row["bytes"] == row["theory_bytes"] > 0 for row in told["exchanges"])
     for mesh, said in (
-        ("ep=2", "no 'ep'"),
+        ("ep=2", "no axis 'ep'"),
         ("tp=3", "tp=3 does not divide the model's num_"),
         ("dp=0", "a number of ranks"),
         ("dp=1", "is one process"),
