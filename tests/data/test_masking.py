@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from graphtune.data import IGNORE_INDEX, ConversationEncoder, Example
-from graphtune.data.fields import BadRow
+from graphtune.data.fields import BadRow, ImagesFound
 from graphtune.data.templates import TEMPLATES, chat_template
 from graphtune.errors import UserError
 from graphtune.models import load_tokenizer
@@ -310,7 +310,7 @@ def test_parts_of_text_are_one_text(tokenizer: PreTrainedTokenizerBase) -> None:
         encoder = ConversationEncoder(tokenizer, template=template)
         assert encoder(split) == encoder(whole)
     split[1]["content"] = [{"type": "image", "image": "x.png"}]
-    with pytest.raises(BadRow, match=r"messages\[1\].content: the chat template takes text only"):
+    with pytest.raises(ImagesFound, match=r"messages\[1\].content\[0\]: an image, where text"):
         ConversationEncoder(tokenizer)(split)
 
 
