@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from graphtune.config.instantiate import Component
 from graphtune.engine import NotFinite, TrainStep, compile_step
 from graphtune.recipes import load_run, sft
+from graphtune.recipes.job import in_one_call
 from graphtune.training.checkpoint_files import checkpoints, metric_of
 from tests.oracles.command_line import changed, graphtune, lines, metrics, trained, write_config
 from tests.oracles.models import assert_same_tensors
@@ -251,3 +253,17 @@ def test_what_cannot_be_is_said_before_weights_are_loaded(
     assert train(words=words) == 2
     assert said in capsys.readouterr().err.replace("more than the run's", "of the run's")
     assert not (tmp_path / "run").exists(), "and the folder can be used"
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "arguments"),
+    [
+        ("torch.optim.AdamW", {"lr": 0.1}, {"lr": 0.1, "foreach": True}),
+        ("torch.optim.AdamW", {"foreach": False}, {"foreach": False}),
+        ("torch.optim.AdamW", {"fused": True}, {"fused": True}),
+        ("torch.optim.SparseAdam", {}, {}),
+        ("schedulefree.AdamWScheduleFree", {}, {}),
+    ],
+)
+def test_optimizers_of_torch_update_all_parameters_together(path, given, arguments):
+    assert in_one_call(Component(path, given, "optimizer")).arguments == arguments
