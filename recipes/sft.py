@@ -236,7 +236,8 @@ def train(training: Training, run: Run, clock: Clock, console: Console) -> bool:
         stack.enter_context(clock.phase("train", "training"))
         loggers = Loggers(cfg.loggers if run.writes else {}, run.folder, to_plain(cfg))
         stack.callback(loggers.close)
-        checkpoints = Checkpointer(run.checkpoint_dir, **to_plain(cfg.checkpoint))
+        options = {**to_plain(cfg.checkpoint), "timeout_s": cfg.mesh.timeout_s}
+        checkpoints = Checkpointer(run.checkpoint_dir, **options)
         stack.enter_context(checkpoints)
         stop = stack.enter_context(StopSignals(console.print))
         progress = stack.enter_context(TrainingProgress(training.steps, console))

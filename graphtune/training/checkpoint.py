@@ -5,18 +5,20 @@ What a checkpoint is made of: `graphtune.training.checkpoint_files`.
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 from safetensors import SafetensorError
 
-from graphtune.distributed import is_main
+from graphtune.distributed import is_main, is_spread
 from graphtune.errors import UserError
 from graphtune.training.checkpoint_files import (
     PREFIX,
@@ -27,10 +29,12 @@ from graphtune.training.checkpoint_files import (
     step_of,
     sync,
     write_files,
+    write_share,
 )
-from graphtune.training.ranks import from_main
+from graphtune.training.ranks import from_main, gathered_counts, together
 
 _MARGIN = 16 * 2**20  # bytes of disk beyond the tensors: JSON, and what others write meanwhile
+_SEEN_S = 60  # seconds that a shared disk may take to show other machines a new folder
 
 
 class HasSnapshot(Protocol):
@@ -44,7 +48,8 @@ class HasSnapshot(Protocol):
 class Checkpointer:
     """Writes a run's checkpoints; one for each run that is going on.
 
-    Of several ranks all have one and call `save`; rank 0 writes.
+    Of several ranks all have one and call `save`. Each writes its own, into a folder that all see;
+    it gets its name from rank 0, once all are through.
 
     Use as a context manager: leaving it waits for what is being written, and tells its error.
     """
@@ -58,6 +63,7 @@ class Checkpointer:
         keep_last: int | None = 2,
         keep_best: int = 0,
         asynchronous: bool = True,
+        timeout_s: float = 1800,
     ) -> None:
         """Make the folder if there is none, and remove what a killed process left in it.
 
@@ -67,6 +73,7 @@ class Checkpointer:
             keep_last: how many of the newest are kept; None for all.
             keep_best: how many of those with the least metric are kept besides.
             asynchronous: write in a thread while training goes on; at most one at a time.
+            timeout_s: how long rank 0 waits, after it has written, for the others.
 
         Raises:
             UserError: `keep_last` is less than 1.
@@ -78,6 +85,7 @@ class Checkpointer:
         self.every_minutes = every_minutes
         self.keep_last = keep_last
         self.keep_best = keep_best
+        self.timeout_s = timeout_s
         self._threads = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[None] | None = None
         self._last = time.monotonic()
@@ -101,40 +109,40 @@ class Checkpointer:
         export: Callable[[Path], object] | None = None,
         metric: float | None = None,
     ) -> None:
-        """Write a checkpoint of the state as it is now.
+        """Write a checkpoint of the state as it is now; all ranks must call.
 
         Copies the state, calls `export`, and, if asynchronous, returns while it is being written.
         Waits first for the one before. A checkpoint of the same step that can be read stays.
 
         Args:
             export: writes into the folder it is given what other programs read. It sees the
-                live program, so that training waits for it.
+                live program, so that training waits for it. Called on rank 0 only.
             metric: lower is better, such as the loss on held-out data; for `keep_best`.
 
         Raises:
             UserError: the disk is too full, now or when the one before was written, or it cannot
-                be written to. Earlier checkpoints have not been touched then.
+                be written to, on any rank. Earlier checkpoints have not been touched then.
         """
-        self.wait()
+        together(self.wait)
         self._last = time.monotonic()
         path = self.folder / f"{PREFIX}{state.step:08d}"
         if from_main(is_main() and path.exists() and damage(path) is None):
             return
         snapshot = state.snapshot()
-        if not is_main():
+        if not is_main() and not is_spread():
             return
-        bytes_needed = sum(tensor.nbytes for tensor in snapshot.tensors.values())
-        self._check_space(bytes_needed + (snapshot.trained_bytes if export else 0))
-        temporary = self.folder / f".{path.name}.tmp"
-        with _reporting(path, temporary):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            if export is not None:
-                export(temporary)
+        temporary = self.folder / f".{path.name}{_attempt()}.tmp"
+        needed = sum(count for (count,) in gathered_counts([snapshot.bytes]))
+        needed += snapshot.trained_bytes if export else 0
+        together(lambda: self._begin(path, temporary, needed, export))
+        with _reporting(path, temporary if is_main() else None):
+            together(lambda: _see(temporary))
+        write = self._write if is_main() else self._write_share
+        work = partial(write, snapshot, path, temporary, metric)
         if self._threads is None:
-            self._write(snapshot, path, temporary, metric)
+            together(work)
         else:
-            self._writing = self._threads.submit(self._write, snapshot, path, temporary, metric)
+            self._writing = self._threads.submit(work)
 
     def wait(self) -> None:
         """Return when nothing is being written; raises what went wrong since the last call."""
@@ -172,15 +180,31 @@ class Checkpointer:
                 "are kept"
             )
 
+    def _begin(
+        self, path: Path, temporary: Path, needed: int, export: Callable[[Path], object] | None
+    ) -> None:
+        if not is_main():
+            return
+        self._check_space(needed)
+        with _reporting(path, temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            if export is not None:
+                export(temporary)
+
     def _write(self, snapshot: Snapshot, path: Path, temporary: Path, metric: float | None) -> None:
         with _reporting(path, temporary):
-            write_files(temporary, snapshot, metric)
+            write_files(temporary, snapshot, metric, self.timeout_s)
             if path.exists():  # it was damaged, or `save` would not have come here
                 _remove(path)
             temporary.rename(path)
             sync(self.folder)
         for old in self._superseded(path):
             _remove(old)
+
+    def _write_share(self, snapshot: Snapshot, path: Path, temporary: Path, metric: object) -> None:
+        with _reporting(path):
+            write_share(temporary, snapshot)
 
     def _superseded(self, newest: Path) -> list[Path]:
         """Checkpoints that need not be kept, now that `newest` is on disk.
@@ -196,13 +220,31 @@ class Checkpointer:
         return [path for path in found if path not in keep]
 
 
+def _attempt() -> str:
+    """What the folders of this attempt have in their name, and those of killed ones have not.
+
+    On another machine a rank of a killed attempt may live, and write, a little longer.
+    """
+    return f".{from_main(secrets.token_hex(4))}" if is_spread() else ""
+
+
+def _see(temporary: Path) -> None:
+    """Return once this rank sees the folder that rank 0 has made; UserError if it never does."""
+    end = time.monotonic() + _SEEN_S
+    while not temporary.is_dir():
+        if time.monotonic() > end:
+            raise UserError(f"`output_dir`: {temporary.parent} is not on a disk that all ranks see")
+        time.sleep(0.05)
+
+
 @contextmanager
-def _reporting(path: Path, temporary: Path) -> Iterator[None]:
+def _reporting(path: Path, temporary: Path | None = None) -> Iterator[None]:
     """Remove what was written if not all could be; a full disk is the user's to know of."""
     try:
         yield
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
             raise UserError(
                 f"{path} could not be written: {error}; the earlier checkpoints are kept"

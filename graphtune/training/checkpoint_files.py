@@ -3,13 +3,17 @@
 A run's `checkpoints/` holds one folder for each, `step-00000120/`, with
 
 - `state.safetensors`: every tensor of the state, under its path (`parameters/lm_head.weight`,
-  `optimizers/0/state/lm_head.weight/exp_avg`, `rng/torch`),
+  `optimizers/0/state/lm_head.weight/exp_avg`, `rng/torch`); of several ranks, each that writes has
+  its own, `state-rank-3.safetensors`, see `graphtune.training.stored`,
 - `state.json`: everything else; the size and the SHA-256 of every other file, its own SHA-256;
 - what the recipe exports beside them for other programs, such as `adapter/` in PEFT's layout.
 
 While it is written a checkpoint is called `.step-00000120.tmp`. Its files and folders are on the
 disk (fsync) before it gets its name, by a rename, so that a process that is killed, or a machine
 that loses power, leaves the checkpoint or none. Older ones are removed after that.
+
+Ranks write at once, and nothing is exchanged, as training goes on meanwhile: each ends by leaving a
+record beside its file, with its hash or with what went wrong, for which rank 0 waits.
 """
 
 from __future__ import annotations
@@ -18,52 +22,89 @@ import hashlib
 import json
 import math
 import os
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from graphtune.errors import UserError
+from graphtune.training.stored import TENSORS, StoredTensors, Wanted
 
-TENSORS = "state.safetensors"
 DESCRIPTION = "state.json"
 PREFIX = "step-"
+RECORD = ".record"  # after the name of the file that it is of
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment, apart from what goes on training.
+    """What a rank writes of a run at one moment, apart from what goes on training.
 
     Attributes:
         step: optimizer steps taken.
         tensors: by path; contiguous, on the CPU, shared with nothing.
         description: everything else, as JSON.
-        trained_bytes: how large the trained parameters are, all together.
+        trained_bytes: how large the trained parameters are, all together and whole.
+        file: where the tensors go.
+        others: files that other ranks write.
     """
 
     step: int
     tensors: Mapping[str, Tensor]
     description: Mapping[str, Any]
     trained_bytes: int
+    file: str = TENSORS
+    others: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """How large its tensors are."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def write_files(folder: Path, snapshot: Snapshot, metric: float | None) -> None:
+def write_files(folder: Path, snapshot: Snapshot, metric: float | None, timeout_s: float) -> None:
     """Write a checkpoint's files into a folder, beside what was exported there; all on the disk.
 
+    Of several ranks it is rank 0 that calls.
+
+    Args:
+        timeout_s: how long to wait for what other ranks write.
+
     Raises:
-        OSError, SafetensorError: they cannot be written.
+        OSError, SafetensorError: they cannot be written, or another rank's could not.
     """
-    save_file(dict(snapshot.tensors), folder / TENSORS, metadata={"format": "pt"})
-    _write_description(folder, {**snapshot.description, "step": snapshot.step, "metric": metric})
+    _write_tensors(folder, snapshot)
+    written = _of_others(folder, snapshot.others, timeout_s)
+    description = {**snapshot.description, "step": snapshot.step, "metric": metric}
+    _write_description(folder, description, written)
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
+
+
+def write_share(folder: Path, snapshot: Snapshot) -> None:
+    """Write what another rank than 0 has of a checkpoint, on the disk; then its record.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; the record says so.
+    """
+    if not snapshot.tensors:
+        return
+    try:
+        _write_tensors(folder, snapshot)
+        sync(folder / snapshot.file)
+        _write_record(folder, snapshot.file, _facts(folder / snapshot.file))
+    except BaseException as error:
+        with suppress(OSError):
+            _write_record(folder, snapshot.file, {"error": f"{type(error).__name__}: {error}"})
+        raise
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -139,15 +180,21 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A checkpoint's description and tensors, the latter on the CPU; hashes are not checked.
+def read_checkpoint(
+    path: Path, wanted: Wanted = lambda path, shape: ()
+) -> tuple[dict[str, Any], StoredTensors]:
+    """A checkpoint's description and tensors, which are read one by one; hashes are not checked.
+
+    Args:
+        path: the checkpoint.
+        wanted: what of each tensor is read, see `StoredTensors`; by default the whole.
 
     Raises:
         UserError: it is none, or cannot be read.
     """
     description = read_state(path)
     try:
-        return description, load_file(path / TENSORS)
+        return description, StoredTensors(path, description, wanted)
     except UNREADABLE as error:
         raise UserError(f"{path} is no checkpoint that can be read: {error}") from error
 
@@ -176,23 +223,59 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _write_tensors(folder: Path, snapshot: Snapshot) -> None:
+    save_file(dict(snapshot.tensors), folder / snapshot.file, metadata={"format": "pt"})
+
+
+def _write_record(folder: Path, name: str, record: Mapping[str, Any]) -> None:
+    unfinished = folder / f"{name}{RECORD}.tmp"
+    unfinished.write_text(_dump(record), encoding="utf-8")
+    unfinished.replace(folder / f"{name}{RECORD}")
+
+
+def _of_others(folder: Path, names: Sequence[str], timeout_s: float) -> dict[str, Any]:
+    """Size and hash of the files that other ranks write, once all are there; takes their records.
+
+    Raises:
+        OSError: one could not be written, or took too long.
+    """
+    found: dict[str, Any] = {}
+    end = time.monotonic() + timeout_s
+    while missing := [name for name in names if name not in found]:
+        there = {path.name for path in folder.glob(f"*{RECORD}")}
+        for name in missing:
+            record = folder / f"{name}{RECORD}"
+            if record.name in there:
+                found[name] = json.loads(record.read_text(encoding="utf-8"))
+                record.unlink()
+                if "error" in found[name]:
+                    raise OSError(f"{name}: {found[name]['error']}")
+        if len(found) < len(names):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{', '.join(missing)} not there after {timeout_s:g} seconds")
+            time.sleep(0.05)
+    return found
+
+
 # state.json is {"sha256": of the rest, **rest}.
 
 
-def _write_description(folder: Path, description: Mapping[str, Any]) -> None:
+def _write_description(
+    folder: Path, description: Mapping[str, Any], written: Mapping[str, Any]
+) -> None:
+    """`written`: size and hash of files, by name, that others have counted."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
     body = {
         **description,
-        "files": {
-            path.relative_to(folder).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
-            }
-            for path in files
-        },
+        "files": {name: written.get(name) or _facts(path) for name, path in names.items()},
     }
     text = _dump({"sha256": _digest(body), **body})
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ states, is taken apart by its `__tensor_flatten__`, down to plain tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,42 +67,38 @@ def unflatten(
     written: Any,
     tensors: Mapping[str, Tensor],
     device: torch.device,
-    change: Change = _as_it_is,
 ) -> Any:
     """What `flatten` was given.
 
     Args:
         written: what it returned.
-        tensors: what it collected.
+        tensors: what it collected, or parts of these.
         device: where tensors go that were not on the CPU. All of them are copies.
-        change: what to take in a tensor's place, before it goes there.
 
     Raises:
         UserError: a tensor class that no loaded module defines.
     """
     if isinstance(written, list):
-        return [unflatten(item, tensors, device, change) for item in written]
+        return [unflatten(item, tensors, device) for item in written]
     if not isinstance(written, dict):
         return written
     key: str = next(iter(written), "")
     if not key.startswith("$"):
-        return {name: unflatten(item, tensors, device, change) for name, item in written.items()}
+        return {name: unflatten(item, tensors, device) for name, item in written.items()}
     value = written[key]
     if key == "$float":
         return float(value)
     if key == "$dtype":
         return getattr(torch, value)
     if key == "$tensor":
-        return _unflatten_tensor(value, tensors, device, change)
+        return _unflatten_tensor(value, tensors, device)
     if key == "$subclass":
-        inner = {
-            name: unflatten(one, tensors, device, change) for name, one in value["inner"].items()
-        }
+        inner = {name: unflatten(one, tensors, device) for name, one in value["inner"].items()}
         context = unflatten(value["context"], tensors, device)
         return _subclass(value["class"]).__tensor_unflatten__(
             inner, context, torch.Size(value["size"]), tuple(value["stride"])
         )
-    items = unflatten(value, tensors, device, change)
+    items = unflatten(value, tensors, device)
     return {"$tuple": tuple, "$size": torch.Size, "$pairs": dict}[key](items)
 
 
@@ -149,18 +145,23 @@ def _unflatten_tensor(
     written: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     device: torch.device,
-    change: Change,
 ) -> Tensor:
     # A copy even on the CPU: tensors of a file lie in memory at odd addresses, for which
     # vectorized kernels may round otherwise. Strides are kept for the same reason.
-    whole = tensors[written["name"]]
-    value = change(written["name"], whole)
+    value = tensors[written["name"]]
     device = torch.device("cpu") if written["device"] == "cpu" else device
-    if "stride" in written and value is whole:
-        made = torch.empty_strided(value.shape, written["stride"], dtype=value.dtype, device=device)
+    stride = written.get("stride")
+    if stride is not None and _is_dense(value.shape, stride):
+        made = torch.empty_strided(value.shape, stride, dtype=value.dtype, device=device)
     else:
         made = torch.empty(value.shape, dtype=value.dtype, device=device)
     return made.copy_(value)
+
+
+def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether the strides of a tensor leave no gaps between the elements of a part of it."""
+    spanned = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return spanned == math.prod(shape)
 
 
 def _subclass(name: str) -> Any:

@@ -54,6 +54,16 @@ def raise_together(failure: Exception | None) -> None:
             raise UserError(f"rank {rank}: {message}")
 
 
+def together(work: Callable[[], object]) -> None:
+    """Let every rank work, without collectives; raise on all, see above, if one of them does."""
+    failure: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        failure = error
+    raise_together(failure)
+
+
 def gathered(value: Any) -> list[Any]:
     """What each rank gives, by rank; small things that can be pickled."""
     if not is_spread():

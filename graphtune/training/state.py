@@ -18,17 +18,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from graphtune.distributed import data_rank, is_main, is_spread
+from graphtune.distributed import data_rank, is_spread
 from graphtune.engine import plan_hash
 from graphtune.errors import UserError
 from graphtune.program import Program
 from graphtune.training.checkpoint_files import Snapshot, read_checkpoint, read_state
 from graphtune.training.determinism import seed_everything
+from graphtune.training.divided import Divided
 from graphtune.training.flatten import copy_into, flatten, unflatten
 from graphtune.training.ranks import gathered
 
 DIVIDE = ("context_parallel", "data_parallel", "fsdp", "tensor_parallel")
-"""Passes that say what a rank has: their number and kind may change, as checkpoints are whole."""
+"""Passes that say what a rank has: their number and kind may change."""
 
 MAY_CHANGE = (
     "checkpoint*",
@@ -73,8 +74,9 @@ class Stateful(Protocol):
 class TrainState:
     """What a run is made of; `snapshot` takes its state, `restore` gives it back.
 
-    Of a run with several ranks all must call both. Rank 0 has the state, put together tensor by
-    tensor, which therefore goes on with any number of ranks; the others' snapshots are empty.
+    Of a run with several ranks all must call both. Each has the shards that it is to write, rank 0
+    also what is the same on all. The run goes on with any number of ranks, each of which reads what
+    it has of a tensor.
 
     Make it once weights are loaded, from a program that has not been trained yet.
 
@@ -99,14 +101,11 @@ class TrainState:
         self._parameters = {n: p for n, p in self.program.named_parameters() if p.requires_grad}
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._untouched = {n: (id(b), b._version) for n, b in self.program.named_buffers()}
-        self._distribution = getattr(self.program, "distribution", None)
-        self._divided: dict[str, Tensor] = {}
-        if self._distribution is not None and self._distribution.parts:
-            self._divided = self.program.all_parameters() | dict(self.program.named_buffers())
+        self._divided = Divided(self.program)
         self._devices = sorted({p.device for p in self._parameters.values()}, key=str)
 
     def snapshot(self) -> Snapshot:
-        """A copy of the state as it is now, between two optimizer steps.
+        """A copy of what this rank writes of the state as it is now, between optimizer steps.
 
         Raises:
             UserError: some state is of a type that cannot be written.
@@ -123,17 +122,32 @@ class TrainState:
         state["rng"] = states[0]
         if len(states) > 1:
             state["rng_of_others"] = states[1:]
-        written = {
-            name: flatten(value, tensors, name, self._whole) for name, value in state.items()
-        }
+        layouts: dict[str, Any] = {}
+
+        def shard(path: str, value: Tensor) -> Tensor:
+            return self._divided.shard(path, value, layouts)
+
+        written = {name: flatten(value, tensors, name, shard) for name, value in state.items()}
         description = {
             "graphtune": version("graphtune"),
             "plan": plan_hash(self.program),
             "identity": self._identity(),
             "state": written,
         }
-        trained = sum(p.nbytes for p in self._parameters.values())
-        return Snapshot(self.step, tensors, description, trained)
+        if len(states) > 1:
+            description["divided"] = layouts
+        trained = sum(
+            self._divided.whole_shape(name, p).numel() * p.itemsize
+            for name, p in self._parameters.items()
+        )
+        return Snapshot(
+            self.step,
+            self._divided.own(tensors, layouts),
+            description,
+            trained,
+            self._divided.file,
+            self._divided.others(layouts),
+        )
 
     def restore(self, folder: Path) -> None:
         """Go on where a checkpoint was taken.
@@ -148,20 +162,20 @@ class TrainState:
             UserError: it was taken from a run with other passes, another config, or on another
                 kind of device; naming what differs. Nothing has been changed then.
         """
-        description, tensors = read_checkpoint(folder)
+        description, tensors = read_checkpoint(folder, self._divided.wanted)
         self._check(description, folder)
         state = description["state"]
         device = self._devices[0]
 
         def read(written: Any) -> Any:
-            return unflatten(written, tensors, device, self._own)
+            return unflatten(written, tensors, device)
 
         for name, written in state["parameters"].items():
             parameter = self._parameters[name]
-            copy_into(parameter, unflatten(written, tensors, parameter.device, self._own))
+            copy_into(parameter, unflatten(written, tensors, parameter.device))
         buffers = dict(self.program.named_buffers())
         for name, written in state["buffers"].items():
-            value = unflatten(written, tensors, buffers[name].device, self._own)
+            value = unflatten(written, tensors, buffers[name].device)
             copy_into(buffers[name], value)
         for optimizer, written in zip(self.optimizers, state["optimizers"], strict=True):
             self._restore_optimizer(optimizer, written, tensors)
@@ -181,7 +195,7 @@ class TrainState:
         return {
             name: buffer
             for name, buffer in self.program.named_buffers()
-            if self._whole_shape(name, buffer).numel() <= _SMALL
+            if self._divided.whole_shape(name, buffer).numel() <= _SMALL
             or self._untouched.get(name) != (id(buffer), buffer._version)
         }
 
@@ -191,7 +205,7 @@ class TrainState:
 
     def _optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if _has_own_state(optimizer):
-            if self._distribution is not None and self._distribution.parts:
+            if self._divided:
                 raise UserError(
                     f"checkpoint: {type(optimizer).__name__} keeps state of its own, which cannot "
                     "be put together from the ranks'; take AdamW, or `passes.data_parallel`"
@@ -226,40 +240,7 @@ class TrainState:
         optimizer.state.clear()
         for name, values in written["state"].items():
             parameter = self._parameters[name]
-            optimizer.state[parameter] = unflatten(values, tensors, parameter.device, self._own)
-
-    # Tensors of which a rank has a part are whole in a checkpoint.
-
-    def _named(self, path: str) -> tuple[str, Tensor] | None:
-        """The divided tensor that a path leads to, or whose optimizer state it leads to."""
-        parts = self._distribution.parts if self._distribution is not None else {}
-        name = next((one for one in path.split("/") if parts.get(one)), None)
-        return None if name is None else (name, self._divided[name])
-
-    def _whole_shape(self, name: str, tensor: Tensor) -> torch.Size:
-        if self._distribution is None:
-            return tensor.shape
-        return self._distribution.whole_shape(name, tensor.shape)
-
-    def _whole(self, path: str, value: Tensor) -> Tensor:
-        if self._distribution is not None and (named := self._named(path)) is not None:
-            name, own = named
-            if value.shape == own.shape:
-                value = self._distribution.whole(name, value)
-            elif value.dim() > 0:
-                raise UserError(
-                    f"checkpoint: {path} has the shape {tuple(value.shape)}, its parameter "
-                    f"{tuple(own.shape)}, so that it cannot be put together from the ranks'; take "
-                    "an optimizer that keeps elementwise state, such as AdamW"
-                )
-        return value if is_main() else value.new_empty(0)
-
-    def _own(self, path: str, value: Tensor) -> Tensor:
-        if self._distribution is not None and (named := self._named(path)) is not None:
-            name, own = named
-            if value.shape == self._whole_shape(name, own):
-                return self._distribution.own(name, value)
-        return value
+            optimizer.state[parameter] = unflatten(values, tensors, parameter.device)
 
     # Random numbers: of Python, numpy, torch's CPU, and the devices that parameters lie on (to
     # ask the others would allocate memory on them).
@@ -304,8 +285,9 @@ class TrainState:
             ],
             "devices": [device.type for device in self._devices],
             "parameters": {
-                name: f"{str(p.dtype).removeprefix('torch.')} {list(self._whole_shape(name, p))}"
+                name: f"{str(p.dtype).removeprefix('torch.')} {list(shape)}"
                 for name, p in self._parameters.items()
+                for shape in [self._divided.whole_shape(name, p)]
             },
             "optimizers": [
                 {
