@@ -25,6 +25,7 @@ CASES = {
 }
 FOUR = {
     "llama, four ranks": Case("llama", mesh={"cp": 4, "dp_shard": 1}),
+    "gpt2, four ranks": Case("gpt2", mesh={"cp": 4, "dp_shard": 1}),
     "qwen2, with tensor parallel": Case("qwen2", mesh={"cp": 2, "tp": 2, "dp_shard": 1}),
     "qwen2, with sequence parallel": Case(
         "qwen2", "lora", {"sequence_parallel": True}, {"cp": 2, "tp": 2, "dp_shard": 1}

@@ -267,3 +267,19 @@ def test_what_cannot_be_is_said_before_weights_are_loaded(
 )
 def test_optimizers_of_torch_update_all_parameters_together(path, given, arguments):
     assert in_one_call(Component(path, given, "optimizer")).arguments == arguments
+
+
+@pytest.mark.parametrize("path", ["torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD"])
+def test_together_they_get_the_same_bits(path):
+    def trained(component):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 33), (33, 8), (5,))]
+        optimizer = component.build(parameters)
+        for _ in range(9):
+            for one in parameters:
+                one.grad = torch.randn_like(one)
+            optimizer.step()
+        return dict(enumerate(parameters))
+
+    alone = Component(path, {"lr": 1e-2, "weight_decay": 0.1}, "optimizer")
+    assert_same_tensors(trained(in_one_call(alone)), trained(alone))
