@@ -85,6 +85,7 @@ def test_a_whole_step_takes_all_shapes_too(not_lowered):
     assert step.compilations == 2
 
 
+@pytest.mark.slow
 def test_a_process_may_have_many_steps(not_lowered):
     """More than torch compiles of one code by default."""
     program = llama(1)
@@ -131,7 +132,7 @@ METHODS = {
 }
 
 
-SLOW = ("full", "qlora")  # variations of the other two
+SLOW = ("full", "qlora", "qlora, nothing again")
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,7 @@ def test_a_full_disk_leaves_nothing(report, program, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_integers_decode_as_they_do_in_python(tmp_path):
     base = gt.capture(wide("llama"))
     rules = ["all-linear", {"sites": "*embed_tokens", "scheme": "int8"}]

@@ -20,12 +20,12 @@ TWO = {"cp": 2, "dp_shard": 1}
 CASES = {
     "llama": Case("llama", mesh=TWO),
     "qwen3, lora": Case("qwen3", "lora", mesh=TWO),
-    "gemma2, attention by hand and windows": Case("gemma2", mesh=TWO),
-    "wide, qlora": Case("wide", "qlora", mesh=TWO),
 }
 FOUR = {
     "llama, four ranks": Case("llama", mesh={"cp": 4, "dp_shard": 1}),
     "gpt2, four ranks": Case("gpt2", mesh={"cp": 4, "dp_shard": 1}),
+    "gemma2, attention by hand and windows": Case("gemma2", mesh={"cp": 4, "dp_shard": 1}),
+    "wide, qlora, four ranks": Case("wide", "qlora", mesh={"cp": 4, "dp_shard": 1}),
     "qwen2, with tensor parallel": Case("qwen2", mesh={"cp": 2, "tp": 2, "dp_shard": 1}),
     "qwen2, with sequence parallel": Case(
         "qwen2", "lora", {"sequence_parallel": True}, {"cp": 2, "tp": 2, "dp_shard": 1}

@@ -206,7 +206,6 @@ def wide():
     return gt.capture(tiny_llama(False, False, width=64, heads=4, kv_heads=2))
 
 
-@pytest.mark.slow
 def test_lowered_and_run(wide, tmp_path):
     """In the runtime's integers the logits are close to the program's."""
     importlib.import_module("executorch.runtime")

@@ -130,7 +130,7 @@ def test_a_run_that_has_ended_is_not_trained_again_unless_it_shall(quick, tmp_pa
     before, results = metrics(run), trained(run)
     capsys.readouterr()
     assert graphtune("train", path, "resume=auto") == 0
-    said = capsys.readouterr().out.replace("\n", " ")
+    said = " ".join(capsys.readouterr().out.split())
     assert "has ended" in said and "max_steps" in said and "capturing" not in said
     assert metrics(run) == before
 
