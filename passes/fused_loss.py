@@ -66,8 +66,7 @@ class FusedLoss(Pass):
 
     name: ClassVar[str] = "fused_loss"
     stage: ClassVar[Stage] = Stage.LOSS
-    # Tensor parallel divides the vocabulary over ranks.
-    conflicts: ClassVar[frozenset[str]] = frozenset({"fused_loss", "tensor_parallel"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"fused_loss"})
 
     def __post_init__(self) -> None:
         if self.chunks < 1:
@@ -89,6 +88,9 @@ class FusedLoss(Pass):
 
     def __call__(self, program: Program) -> Program:
         """Apply the pass; the loss is checked against that of the program's logits."""
+        divided = (row.options for row in program.ledger if row.name == "tensor_parallel")
+        if any(dict(options)["vocab_parallel"] for options in divided):
+            raise UserError(DIVIDED_VOCABULARY)
         if self.output == "log_probs" and _divides_tokens(program):
             raise UserError(
                 f"`{KEY}.output=log_probs` is of whole rows, whose tokens "
@@ -187,6 +189,12 @@ class FusedLoss(Pass):
             return (value,)
         slope = token_cross_entropy_slope(logits.detach(), targets, weights * sign, *options)
         return value, *torch.autograd.grad(logits, leaves, slope)
+
+
+DIVIDED_VOCABULARY = (
+    f"`{KEY}` needs the whole vocabulary, which `passes.tensor_parallel` divides; set "
+    f"`passes.tensor_parallel.vocab_parallel=false`, or leave the other out, `~{KEY}`"
+)
 
 
 def _divides_tokens(program: Program) -> bool:

@@ -38,6 +38,7 @@ from graphtune.losses import (
 )
 from graphtune.models import load_tokenizer
 from graphtune.passes import ContextParallel, FusedLoss, Pass, Stage, TensorParallel
+from graphtune.passes.fused_loss import DIVIDED_VOCABULARY
 from graphtune.program import Program
 from graphtune.recipes import check_length, empty_model, make_passes, origin
 from graphtune.recipes.reading import Data, read_sets
@@ -213,11 +214,9 @@ def check_spread(cfg: SFTConfig, passes: list[Pass]) -> None:
         raise UserError(
             "`samples` need the whole model on a rank; set it to null, or take data_parallel"
         )
-    if {"fused_loss", "tensor_parallel"} <= names:
-        raise UserError(
-            "`passes.fused_loss` needs all logits, which `passes.tensor_parallel` divides; leave "
-            "it out, `~passes.fused_loss`"
-        )
+    divides = any(isinstance(one, TensorParallel) and one.vocab_parallel for one in passes)
+    if divides and "fused_loss" in names:
+        raise UserError(DIVIDED_VOCABULARY)
 
 
 def loss_of(cfg: SFTConfig, passes: list[Pass], *, plain: bool = False) -> Loss:

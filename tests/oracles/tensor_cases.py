@@ -260,14 +260,17 @@ def compiled(case: Case) -> float:
     return step.check({"input_ids": ids, "labels": ids})
 
 
-def fused(ranks: int) -> dict[str, float]:
+def fused(axis: str) -> dict[str, float]:
     """How far steps with FusedLoss on some tokens of each row are from one process's."""
-    mesh = make_mesh("cpu", cp=ranks, dp_shard=1)
+    mesh = make_mesh("cpu", dp_shard=1, **{axis: dist.get_world_size()})
+    divide: list[Pass] = [ContextParallel(mesh=mesh), DataParallel(mesh=mesh)]
+    if axis == "tp":
+        divide = [TensorParallel(mesh=mesh, vocab_parallel=False)]
     worst: dict[str, float] = {}
     for name, more in (("full", ()), ("lora", (LoRA(rank=4),))):
         torch.manual_seed(1)
         alone = copy.deepcopy(captured("llama")).apply(*more)
-        split = alone.apply(ContextParallel(mesh=mesh), DataParallel(mesh=mesh))
+        split = alone.apply(*divide)
         programs = copy.deepcopy(alone), split.apply(FusedLoss(chunks=2, label_smoothing=0.1))
         loss = functools.partial(cross_entropy, label_smoothing=0.1)
         steps = [
@@ -288,8 +291,9 @@ def fused(ranks: int) -> dict[str, float]:
             for key in ("loss", "grad_norm"):
                 difference = abs(found[key] / expected[key] - 1)
                 worst[f"{name} {key}"] = max(worst.get(f"{name} {key}", 0), difference)
-        whole, own = (dict(one.named_parameters()) for one in programs)
+        expected_of, own = (dict(one.named_parameters()) for one in programs)
         with torch.no_grad():
-            far = {n: (own[n] - p).norm() / (p.norm() + 1e-2) for n, p in whole.items()}
+            found_of = {name: whole(programs[1], name, own[name]) for name in expected_of}
+            far = {n: (found_of[n] - p).norm() / (p.norm() + 1e-2) for n, p in expected_of.items()}
         worst[name] = max(map(float, far.values()))
     return worst

@@ -38,7 +38,7 @@ def _run(cases: dict[str, Case], ranks: int) -> tuple[dict[str, list[Any]], Any,
     try:
         results = world(compare_all, list(cases.values()))
         masks = world(packed, ranks)
-        losses = world(fused, ranks)
+        losses = world(fused, "cp")
     finally:
         world.stop()
     return {name: [one[i] for one in results] for i, name in enumerate(cases)}, masks, losses

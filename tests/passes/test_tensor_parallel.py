@@ -15,10 +15,10 @@ import graphtune as gt
 from graphtune.distributed import make_mesh
 from graphtune.errors import UserError
 from graphtune.models.empty import empty_model
-from graphtune.passes import LoRA, Quantize, TensorParallel
+from graphtune.passes import FusedLoss, LoRA, Quantize, TensorParallel
 from tests.oracles.models import tiny_gpt2, tiny_model
 from tests.oracles.ranks import World
-from tests.oracles.tensor_cases import Case, compare_all, compiled
+from tests.oracles.tensor_cases import Case, compare_all, compiled, fused
 
 TWO = {"tp": 2, "dp_shard": 1}
 SEQUENCE = {"sequence_parallel": True}
@@ -48,28 +48,33 @@ FOUR = {
 }
 
 
-def _run(cases: dict[str, Case], ranks: int) -> dict[str, list[Any]]:
-    world = World(ranks)
-    try:
-        results = world(compare_all, list(cases.values()))
-    finally:
-        world.stop()
+def _run(cases: dict[str, Case], world: World) -> dict[str, list[Any]]:
+    results = world(compare_all, list(cases.values()))
     return {name: [one[i] for one in results] for i, name in enumerate(cases)}
 
 
 @pytest.fixture(scope="module")
-def two() -> dict[str, list[Any]]:
-    return _run(CASES, 2)
+def ranks() -> Iterator[World]:
+    started = World(2)
+    yield started
+    started.stop()
 
 
 @pytest.fixture(scope="module")
-def more() -> dict[str, list[Any]]:
-    return _run(MORE, 2)
+def two(ranks: World) -> dict[str, list[Any]]:
+    return _run(CASES, ranks)
 
 
 @pytest.fixture(scope="module")
-def four() -> dict[str, list[Any]]:
-    return _run(FOUR, 4)
+def more(ranks: World) -> dict[str, list[Any]]:
+    return _run(MORE, ranks)
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[dict[str, list[Any]]]:
+    world = World(4)
+    yield _run(FOUR, world)
+    world.stop()
 
 
 def _check(results: list[Any]) -> None:
@@ -115,6 +120,14 @@ def test_compiles(case: Case) -> None:
         assert max(world(compiled, case)) < 1e-5
     finally:
         world.stop()
+
+
+def test_a_fused_loss_needs_but_the_whole_vocabulary(ranks: World, eight: Any) -> None:
+    for found in ranks(fused, "tp"):
+        assert max(found.values()) < 1e-6, found
+    split = gt.capture(tiny_model("llama")).apply(TensorParallel(mesh=eight(tp=2, dp_shard=4)))
+    with pytest.raises(UserError, match="vocab_parallel=false"):
+        split.apply(FusedLoss())
 
 
 def test_exchanges_are_megatrons(two: dict[str, list[Any]]) -> None:
