@@ -89,8 +89,9 @@ def batches(ranks: int, steps: int) -> list[list[dict[str, Tensor]]]:
 
 
 def adapted(case: Case, *passes: Pass) -> Program:
+    program = captured(case.model)  # which draws numbers where it is the first time
     torch.manual_seed(1)  # adapters start at random
-    return captured(case.model).apply(*ADAPT[case.adapt], *case.more, *passes)
+    return program.apply(*ADAPT[case.adapt], *case.more, *passes)
 
 
 def _optimizer(program: Program) -> torch.optim.Optimizer:
