@@ -5,10 +5,10 @@
 
 LoRA (rank 8 on all linears), full training and QLoRA, float32, every token labelled (`masked`: a
 quarter of them, at random); AdamW as the recipe and as transformers' Trainer call it. `selective`
-checkpoints activations. The contenders take turns, each in a process of its own. `floor` are the matrix products alone, with their outputs allocated: 4 FLOP for each frozen
-weight and token, 6 for each that trains; no step can be faster. Prints the median step, tokens/s,
-the ratio to PEFT eager, what the start took with imports, model, compilation and first step, and
-the peak memory.
+checkpoints activations. The contenders take turns, each in a process of its own. `floor` are the
+matrix products alone, with their outputs allocated: 4 FLOP for each frozen weight and token, 6 for
+each that trains; no step can be faster. Prints the median step, tokens/s, the ratio to PEFT eager,
+what the start took with imports, model, compilation and first step, and the peak memory.
 """
 
 from collections.abc import Callable

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.serialization import StateDictSplit
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -25,17 +28,20 @@ from graphtune.export.artifact import artifact, logits, probe_ids
 from graphtune.models.empty import auto_class
 from graphtune.passes.adapters import is_adapter_parameter
 
+MAX_SHARD_SIZE = "5GB"
+
 
 def to_hf(
     program: nn.Module,
     out_dir: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     verify: bool = True,
     tolerance: float | None = None,
     overwrite: bool = False,
     run: str | None = None,
+    fetch: Callable[[str], Tensor] | None = None,
 ) -> Path:
     """Write a model so that `AutoModelForCausalLM.from_pretrained(out_dir)` gives it back.
 
@@ -53,6 +59,9 @@ def to_hf(
         tolerance: largest difference of a logit, where logits reach 10 or less; None: 1e-4 for a
             float32 program.
         overwrite, run: see `graphtune.export.artifact.artifact`.
+        fetch: gives a tensor of the state by its name, where `program` is without weights. It is
+            called in the order of `plan_files`, and what it gives is let go once the file is
+            written. `verify` must be false then.
 
     Returns:
         The folder.
@@ -63,7 +72,9 @@ def to_hf(
         RuntimeError: the logits of what was written differ by more than `tolerance`.
     """
     with artifact(out_dir, "hf", program, overwrite=overwrite, run=run) as made:
-        write_hf(program, made.path, tokenizer=tokenizer, max_shard_size=max_shard_size)
+        write_hf(
+            program, made.path, tokenizer=tokenizer, max_shard_size=max_shard_size, fetch=fetch
+        )
         if verify:
             ids = probe_ids(program, tokenizer)
             config: Any = program.config
@@ -78,7 +89,8 @@ def write_hf(
     folder: Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    fetch: Callable[[str], Tensor] | None = None,
 ) -> None:
     """The files of `to_hf`, into a folder that is there."""
     state = program.state_dict()
@@ -88,12 +100,29 @@ def write_hf(
     _generation_config_of(program, config).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    save_torch_state_dict(
-        state,
-        folder,
-        max_shard_size=max_shard_size,
-        shared_tensors_to_discard=second_names(state),
-    )
+    plan = plan_files(state, max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {name: _own((fetch or state.__getitem__)(name)) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        del tensors  # before those of the next file come
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def plan_files(
+    state: Mapping[str, Tensor], max_shard_size: int | str = MAX_SHARD_SIZE
+) -> StateDictSplit:
+    """Which tensors of a state, with or without weights, `to_hf` writes into which files."""
+    second = set(second_names(state))
+    once = {name: tensor for name, tensor in state.items() if name not in second}
+    return split_torch_state_dict_into_shards(once, max_shard_size=max_shard_size)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A tensor in memory that has nothing else."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def check_mergeable(program: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -176,8 +205,13 @@ def second_names(state: Mapping[str, Tensor]) -> list[str]:
     return [
         name
         for name, tensor in state.items()
-        if first.setdefault((tensor.data_ptr(), tensor.numel()), name) != name
+        if first.setdefault((_address(tensor), tensor.numel()), name) != name
     ]
+
+
+def _address(tensor: Tensor) -> int:
+    """What tells apart tensors' memory, or, of those without weights, what would be it."""
+    return tensor.data_ptr() or tensor.untyped_storage()._cdata
 
 
 def _embedding_is_tied(state: Mapping[str, Tensor], vocab_size: int) -> bool | None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from graphtune.allocator import allocator_name
 from graphtune.compilation import WAYS, Compile, Compiled
 from graphtune.errors import UserError
 from graphtune.fake_quantization import rounds_inputs
@@ -23,6 +24,7 @@ from graphtune.losses import (
     Batch,
     Loss,
     cross_entropy,
+    excerpt,
     labelled_tokens,
     loss_sum,
 )
@@ -92,10 +94,9 @@ class TrainStep:
         """How steps are run, for people."""
         dtypes = {str(p.dtype).removeprefix("torch.") for p in self.parameters}
         where = self.parameters[0].device.type
-        threads = f", {torch.get_num_threads()} threads" if where == "cpu" else ""
-        return (
-            f"{', '.join(sorted(dtypes))} on {where}{threads}, {self._compiled or 'not compiled'}"
-        )
+        if where == "cpu":
+            where += f", {torch.get_num_threads()} threads, {allocator_name()} allocator"
+        return f"{', '.join(sorted(dtypes))} on {where}, {self._compiled or 'not compiled'}"
 
     def _plain_loss_sum(self, batch: Batch) -> Tensor:
         with recompute_in_backward():  # what the compiler does by the graph's tags
@@ -194,7 +195,7 @@ class TrainStep:
         the first step. Dropout is off while it runs.
 
         Args:
-            batch: as for a step.
+            batch: as for a step; two of its rows are looked at, where the most labels are.
             tolerance: largest relative difference, in the 2-norm of each gradient, allowed; None
                 for 1e-3, and for 0.1 where inputs are fake-quantized: sums in another order round
                 some of them to the next integer, in one layer after the other.
@@ -208,6 +209,7 @@ class TrainStep:
         """
         if tolerance is None:
             tolerance = 0.1 if rounds_inputs(self.program.graph) else 1e-3
+        batch = excerpt(batch)
         was_training = self.program.training
         if self._drops:  # else the mode is all the same, and a change of it compiles once more
             self.program.eval()

@@ -23,7 +23,7 @@ from graphtune.config import (
 from graphtune.config import load_config as read_config
 from graphtune.distributed import is_main, is_spread, sums_gradients
 from graphtune.errors import UserError
-from graphtune.export.hf import to_hf
+from graphtune.export.hf import plan_files, to_hf
 from graphtune.export.peft import CONFIG, from_peft, write_peft
 from graphtune.models import load_config as load_model_config
 from graphtune.models import load_model, load_tokenizer, resolve_dtype
@@ -139,28 +139,53 @@ def save_trained(
     Where neither can hold it (adapters beside weights that train in full, parameters of a pass
     that only graphtune knows), the trained parameters by name, as safetensors.
     """
-    if program.distribution is not None:
-        assert whole is not None
+    saved = program if whole is None else whole
+    kinds = {row.name for row in saved.ledger} - _LEAVE_NOTHING
+    if ranges(saved):
+        kinds.add("qat")
+    is_model = kinds <= {"full", "freeze"}
+    if whole is not None and is_model:
+        _save_divided_model(program, whole, tokenizer, run)
+        return
+    if whole is not None:
         put_together(whole, program)
         if not run.writes:
             return
-        program = whole
-    trained = {name: p for name, p in program.named_parameters() if p.requires_grad}
-    kinds = {row.name for row in program.ledger} - _LEAVE_NOTHING
-    if observed := ranges(program):
-        kinds.add("qat")
-    adapters = adapter_names(program)
+    trained = {name: p for name, p in saved.named_parameters() if p.requires_grad}
+    adapters = adapter_names(saved)
     if adapters and kinds <= {"quantize", "lora", "dora", "set_adapter", "freeze"}:
         for name in adapters:
             folder = run.adapter_dir if len(adapters) == 1 else run.adapter_dir / name
-            write_peft(program, folder, adapter=name)
-    elif kinds <= {"full", "freeze"}:
-        to_hf(program, run.model_dir, tokenizer=tokenizer, verify=False, overwrite=True)
+            write_peft(saved, folder, adapter=name)
+    elif is_model:
+        to_hf(saved, run.model_dir, tokenizer=tokenizer, verify=False, overwrite=True)
     else:
-        tensors = {n: p.detach().cpu().contiguous() for n, p in (trained | observed).items()}
+        tensors = {n: p.detach().cpu().contiguous() for n, p in (trained | ranges(saved)).items()}
         temporary = run.trained_file.with_name(f".{run.trained_file.name}.tmp")
         save_file(tensors, temporary, metadata={"format": "pt"})
         temporary.replace(run.trained_file)
+
+
+@torch.no_grad()
+def _save_divided_model(
+    program: Program, whole: Program, tokenizer: PreTrainedTokenizerBase, run: Run
+) -> None:
+    """Rank 0 writes file after file; none has more of the model in memory than one file's."""
+    distribution, found, like = program.distribution, program.state_dict(), whole.state_dict()
+    assert distribution is not None
+
+    def gathered(name: str) -> torch.Tensor:
+        value = distribution.whole(name, found[name]).to(like[name].dtype)
+        return value.cpu() if run.writes else value.new_empty(0)
+
+    whole.info = program.info
+    if run.writes:
+        folder = run.model_dir
+        to_hf(whole, folder, tokenizer=tokenizer, verify=False, overwrite=True, fetch=gathered)
+        return
+    for names in plan_files(like).filename_to_tensors.values():
+        for name in names:
+            gathered(name)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from graphtune.allocator import preload_allocator
 from graphtune.cli.completion import config_names
 from graphtune.config import foreign_code
 from graphtune.errors import UserError
@@ -79,8 +80,10 @@ def graphtune(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 bad input, 130 interrupted."""
-    _quiet_libraries()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and arguments[:1] in (["train"], ["bench"]):
+        preload_allocator()
+    _quiet_libraries()
     debug = "--debug" in arguments
     if debug:  # accepted after the subcommand too, which does not know it
         arguments = ["--debug", *(word for word in arguments if word != "--debug")]

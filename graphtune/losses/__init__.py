@@ -10,7 +10,15 @@ from graphtune.losses.cross_entropy import (
     token_cross_entropy_slope,
 )
 from graphtune.losses.parallel import ContextParallelCrossEntropy, VocabParallelCrossEntropy
-from graphtune.losses.rows import ROW_INPUTS, Batch, Loss, labelled_rows, loss_sum, with_rows
+from graphtune.losses.rows import (
+    ROW_INPUTS,
+    Batch,
+    Loss,
+    excerpt,
+    labelled_rows,
+    loss_sum,
+    with_rows,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -20,6 +28,7 @@ __all__ = [
     "Loss",
     "VocabParallelCrossEntropy",
     "cross_entropy",
+    "excerpt",
     "labelled_rows",
     "labelled_tokens",
     "loss_sum",

@@ -28,6 +28,30 @@ ROW_INPUTS = {"rows": torch.int64, "targets": torch.int64, "row_weights": torch.
 """What a program whose loss is part of its graph takes besides, all of one shape."""
 
 
+def excerpt(batch: Batch, rows: int = 2, length: int = 64) -> Batch:
+    """The rows of a batch that have the most labels, and of those the tokens that have the most.
+
+    Of tokens within a text, what they see before the excerpt is left out. A batch of images stays
+    as it is.
+    """
+    if any(name in batch for name in IMAGE_INPUTS):
+        return batch
+    labelled = (batch["labels"] != IGNORE_INDEX).int()
+    size, whole = labelled.shape
+    length = min(length, whole)
+    chosen = labelled.sum(1).topk(min(rows, size)).indices
+    start = int(labelled[chosen].unfold(1, length, 1).sum((0, 2)).argmax())
+
+    def cut(value: Tensor) -> Tensor:
+        value = value[chosen]
+        for dim in range(1, value.dim()):
+            if value.shape[dim] == whole:
+                value = value.narrow(dim, start, length)
+        return value.contiguous()
+
+    return {name: cut(value) for name, value in batch.items()}
+
+
 def labelled_rows(
     labels: Tensor, weights: Tensor | None = None, *, chunks: int, group: str | None = None
 ) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 
 import pytest
 import torch
@@ -116,6 +117,29 @@ def test_shards_have_an_index_and_load(tmp_path):
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # tied and untied
+def test_tensors_are_fetched_one_file_at_a_time(family, tmp_path):
+    model, limit = tiny_model(family), 20_000
+    empty = copy.deepcopy(model).to("meta")
+    empty.tie_weights()
+    fetched, most = weakref.WeakValueDictionary(), 0
+
+    def fetch(name):
+        nonlocal most
+        tensor = fetched[name] = model.state_dict()[name].clone()
+        most = max(most, sum(one.nbytes for one in fetched.values()))
+        return tensor
+
+    options = {"max_shard_size": limit, "verify": False}
+    folder = to_hf(empty, tmp_path / "fetched", fetch=fetch, **options)
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    assert most <= max(limit, largest) < sum(p.nbytes for p in model.parameters()) / 2
+    expected = to_hf(model, tmp_path / "at_once", **options)
+    files = {path.name for path in expected.iterdir()} - {"manifest.json"}
+    for name in files:
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
