@@ -5,10 +5,11 @@
 
 LoRA (rank 8 on all linears), full training and QLoRA, float32, every token labelled (`masked`: a
 quarter of them, at random); AdamW as the recipe and as transformers' Trainer call it. `selective`
-checkpoints activations. The contenders take turns, each in a process of its own. `floor` are the
-matrix products alone, with their outputs allocated: 4 FLOP for each frozen weight and token, 6 for
-each that trains; no step can be faster. Prints the median step, tokens/s, the ratio to PEFT eager,
-what the start took with imports, model, compilation and first step, and the peak memory.
+checkpoints activations; `packed` has a mask, as where a row holds several texts; all others have
+one text a row. The contenders take turns, each in a process of its own. `floor` are the matrix
+products alone, with their outputs allocated: 4 FLOP for each frozen weight and token, 6 for each
+that trains; no step can be faster. Prints the median step, tokens/s, the ratio to PEFT eager, what
+the start took with imports, model, compilation and first step, and the peak memory.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ CONTENDERS = (
     "lora-graphtune-eager",
     "lora-graphtune-selective",
     "lora-graphtune-masked",
+    "lora-graphtune-packed",
     "lora-peft",
     "lora-peft-compiled",
     "lora-floor",
@@ -62,7 +64,7 @@ def _ours(model: Any, batch: dict, technique: str, how: str = "") -> Callable[[]
         batch = batch | {"labels": batch["labels"].masked_fill(drawn < 0.75, -100)}
     optimizer = torch.optim.AdamW(program.trainable_parameters(), lr=3e-4, foreach=True)
     step = gt.compile_step(program, optimizer, compile=compile, clip_grad_norm=1.0)
-    if batch["input_ids"].shape[0] > 1:  # one text in each row, as `loader.mode=padded` gives
+    if how != "packed":  # as `loader.mode=padded` gives it
         batch = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
     return lambda: step(batch)["loss"]
 

@@ -49,6 +49,7 @@ def make_step(program, compile="layers"):
     return gt.compile_step(program, optimizer, compile=compile)
 
 
+@pytest.mark.slow  # two compilations by the C++ compiler
 def test_layers_and_whole_agree_when_lowered():
     torch._dynamo.reset()
     program = tiny_model("llama")

@@ -229,6 +229,7 @@ def test_a_file_that_disagrees_is_not_kept(report, tokenizer, lower_to, tmp_path
     assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_matrix_product_outside_xnnpack_is_refused(program, monkeypatch, tmp_path):
     from executorch.backends.xnnpack.partition.config import AddConfig
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

@@ -84,7 +84,7 @@ def test_torch_alone_runs_an_aoti_package(family, tmp_path):
     assert_agree(without_graphtune(code, tmp_path), model)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("family", [pytest.param("qwen2", marks=pytest.mark.slow), "gpt2"])
 def test_onnxruntime_runs_an_onnx_file(family, tmp_path):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)

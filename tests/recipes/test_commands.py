@@ -117,7 +117,14 @@ def test_evaluate_measures_what_eager_does(call: Call, config, write, model_fold
     assert figures["heldout_perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
 
 
-@pytest.mark.parametrize("passes", [{"lora": {"rank": 4}}, {"full": {}}, {"qlora": {"rank": 4}}])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        {"full": {}},
+        pytest.param({"lora": {"rank": 4}}, marks=pytest.mark.slow),
+        {"qlora": {"rank": 4}},
+    ],
+)
 def test_evaluate_a_run_as_training_did(call: Call, config, write, passes) -> None:
     config["passes"] = passes
     assert call("train", write(config))[0] == 0

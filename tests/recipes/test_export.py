@@ -33,7 +33,12 @@ def run(quick, write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "passes", [{"lora": {"rank": 4}}, {"qlora": {"rank": 4}}, {"dora": {"rank": 4}}]
+    "passes",
+    [
+        {"qlora": {"rank": 4}},
+        pytest.param({"lora": {"rank": 4}}, marks=pytest.mark.slow),
+        pytest.param({"dora": {"rank": 4}}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_tuned_model_goes_to_several_targets(passes, run, capsys):
     folder = run(passes)

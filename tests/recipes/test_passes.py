@@ -28,7 +28,13 @@ def graphtune(*argv):
     return 0
 
 
-@pytest.mark.parametrize("passes", [{"qlora": {"rank": 4}}, {"quantize": {}, "dora": {"rank": 4}}])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        {"qlora": {"rank": 4}},
+        pytest.param({"quantize": {}, "dora": {"rank": 4}}, marks=pytest.mark.slow),
+    ],
+)
 def test_quantized_runs_save_adapters_of_the_original_base(
     passes, config, write, tmp_path, model_folder
 ):
