@@ -37,6 +37,8 @@ def excerpt(batch: Batch, rows: int = 2, length: int = 64) -> Batch:
     if any(name in batch for name in IMAGE_INPUTS):
         return batch
     labelled = (batch["labels"] != IGNORE_INDEX).int()
+    if "weights" in batch:
+        labelled *= batch["weights"] != 0
     size, whole = labelled.shape
     length = min(length, whole)
     chosen = labelled.sum(1).topk(min(rows, size)).indices
