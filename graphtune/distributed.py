@@ -283,10 +283,17 @@ class Distribution:
         parts: by the name of a parameter or buffer, what this rank has of it. Of one in several
             parts (tensor parallel, then sharded) the first is of the whole, the next of what that
             leaves, and their dimensions differ. Those without an entry are the same on all ranks.
+        offloaded: names of those that stay in the CPU's memory, whatever the mesh's device.
     """
 
     mesh: DeviceMesh
     parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
+    offloaded: frozenset[str] = frozenset()
+
+    @property
+    def device(self) -> torch.device:
+        """What this rank computes on."""
+        return torch.device(self.mesh.device_type)
 
     def sum(self, value: Tensor, axes: Iterable[str] = DATA_AXES) -> Tensor:
         """The sum over all ranks along the axes, by default those whose tokens differ."""

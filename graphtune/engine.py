@@ -93,7 +93,7 @@ class TrainStep:
     def __str__(self) -> str:
         """How steps are run, for people."""
         dtypes = {str(p.dtype).removeprefix("torch.") for p in self.parameters}
-        where = self.parameters[0].device.type
+        where = self.program.device.type
         if where == "cpu":
             where += f", {torch.get_num_threads()} threads, {allocator_name()} allocator"
         return f"{', '.join(sorted(dtypes))} on {where}, {self._compiled or 'not compiled'}"
@@ -144,7 +144,7 @@ class TrainStep:
             weight = float(self._over_ranks(sum(parts)))
         if weight == 0:
             raise UserError("batch: every label has the weight 0; nothing can be learned from it")
-        loss = torch.zeros((), device=self.parameters[0].device)
+        loss = torch.zeros((), device=self.program.device)
         for one in micro_batches:
             part = self.loss_sum(one) / weight
             loss += self._over_ranks(part.detach())
@@ -168,7 +168,7 @@ class TrainStep:
         distribution = self.program.distribution
         if distribution is None:
             return value
-        return distribution.sum(torch.as_tensor(value, device=self.parameters[0].device))
+        return distribution.sum(torch.as_tensor(value, device=self.program.device))
 
     def _clip(self) -> Tensor:
         """Norm of the whole gradient, which is then no longer than it may be."""

@@ -205,6 +205,13 @@ class Program(nn.Module):
         return self.graph_module.graph
 
     @property
+    def device(self) -> torch.device:
+        """What it computes on, and where it takes its inputs."""
+        if self.distribution is not None and self.distribution.offloaded:
+            return self.distribution.device
+        return next(self.parameters()).device
+
+    @property
     def inputs(self) -> dict[str, Tensor]:
         """Shape-only tensors of what the graph takes, by name."""
         return {str(n.target): n.meta["val"] for n in self.graph.find_nodes(op="placeholder")}
@@ -277,7 +284,10 @@ class Program(nn.Module):
                     "casts of that dtype in it; choose it before capture, load_model(..., dtype=)"
                 )
             break
-        super()._apply(fn, recurse)
+        stay = self.distribution.offloaded if self.distribution else ()
+        tensors = {**self.all_parameters(), **dict(self.named_buffers())}
+        kept = {id(tensors[name]) for name in stay}
+        super()._apply(lambda tensor: tensor if id(tensor) in kept else fn(tensor), recurse)
         return self
 
     def apply(self, *passes: Any) -> Program:

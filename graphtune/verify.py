@@ -183,9 +183,8 @@ def probe_ids(program: Program) -> Tensor:
 
     They are (2, 7), or (batch, 7) of a program that is for one batch size.
     """
-    device = next(program.parameters()).device
     rows = fixed_batch(program.ledger) or 2
-    return torch.arange(7 * rows, device=device).remainder(14).reshape(rows, 7)
+    return torch.arange(7 * rows, device=program.device).remainder(14).reshape(rows, 7)
 
 
 @torch.no_grad()

@@ -36,7 +36,8 @@ def load_weights(
 
     Args:
         program: captured from `load_model(..., device="meta")`, passes applied.
-        device: where the weights go; None is torch's default device.
+        device: where the weights go, but for those that FSDP keeps in the CPU's memory; None is
+            torch's default device.
         revision: branch, tag or commit on the hub, as given to `load_model`.
         trust_remote_code: as given to `load_model`.
 
@@ -145,7 +146,7 @@ class _Filling:
         self.values = {name: value for name, value in self.values.items() if name in needed}
 
     def _run(self, one: Fill) -> None:
-        arguments: list[Any] = [self.values[name] for name in one.inputs] or [self.device]
+        arguments: list[Any] = [self.values[n].to(self.device) for n in one.inputs] or [self.device]
         if one.part is not None and one.inputs[0] in self.in_part:
             self._keep(one.outputs, [one.part.padded(arguments[0])] * len(one.outputs))
         else:
@@ -177,9 +178,11 @@ class _Filling:
             if id(parameter) not in made:
                 made[id(parameter)] = nn.Parameter(self.values[name], parameter.requires_grad)
             parameters[name] = made[id(parameter)]
+        stay = empty.distribution.offloaded if empty.distribution else ()
         buffers = {
-            name: (self.values.get(name, buffer).to(self.device), saved)
+            name: (value if name in stay else value.to(self.device), saved)
             for name, (buffer, saved) in empty.all_buffers().items()
+            for value in [self.values.get(name, buffer)]
         }
         info = dataclasses.replace(empty.info, fingerprint=self._fingerprint())
         loaded = Program(empty.graph, parameters, buffers, info, empty.ledger)
@@ -224,9 +227,15 @@ def _places(program: Program, device: torch.device) -> dict[str, Tensor]:
     made: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = dict(program.all_parameters())
     tensors |= {name: b for name, (b, _) in program.all_buffers().items() if b.is_meta}
-    for tensor in tensors.values():
+    stay = program.distribution.offloaded if program.distribution else ()
+    for name, tensor in tensors.items():
         if id(tensor) not in made:
-            made[id(tensor)] = torch.empty_like(tensor, device=device, requires_grad=False)
+            made[id(tensor)] = torch.empty_like(
+                tensor,
+                device="cpu" if name in stay else device,
+                requires_grad=False,
+                pin_memory=name in stay and device.type == "cuda",
+            )
     return {name: made[id(tensor)] for name, tensor in tensors.items()}
 
 

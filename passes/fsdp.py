@@ -26,6 +26,7 @@ from graphtune.distributed import (
     wide,
 )
 from graphtune.errors import UserError
+from graphtune.normalize import follow_input_device
 from graphtune.passes.base import Numerics, Pass, Stage
 from graphtune.passes.units import (
     DtypeName,
@@ -42,6 +43,7 @@ from graphtune.rewrite import Edit
 from graphtune.rules import Named, match
 from graphtune.sites import Site
 
+aten = torch.ops.aten
 KEY = "passes.fsdp"
 _SMALL = 1024  # elements; a buffer of fewer is not worth its place in a collective
 
@@ -71,6 +73,9 @@ class FSDP(Pass):
         shard_dtype: of shards that train, and so of their optimizer's state; None: the weight's.
         param_dtype: in which parameters that train are gathered; None: the weight's.
         reduce_dtype: in which their gradients are summed; None: as gathered.
+        offload: keep shards, their gradients and so the optimizer's state in the CPU's memory. A
+            layer's shards are copied to the device to be gathered, their gradients copied back,
+            and the optimizer steps on the CPU.
     """
 
     mesh: DeviceMesh | None = None
@@ -79,6 +84,7 @@ class FSDP(Pass):
     shard_dtype: DtypeName | None = None
     param_dtype: DtypeName | None = None
     reduce_dtype: DtypeName | None = None
+    offload: bool = False
 
     name: ClassVar[str] = "fsdp"
     stage: ClassVar[Stage] = Stage.DISTRIBUTE
@@ -97,7 +103,8 @@ class FSDP(Pass):
 
     @property
     def badge(self) -> str:
-        return "fsdp" if self.reshard_after_forward else "fsdp kept"
+        kept = "" if self.reshard_after_forward else " kept"
+        return f"fsdp{kept}{' offloaded' if self.offload else ''}"
 
     def options(self) -> dict[str, object]:
         """The mesh as the sizes of its axes."""
@@ -123,7 +130,11 @@ class FSDP(Pass):
         sum_replicated(edit, rest, mesh, DATA_AXES, self._dtype("reduce_dtype"))
         before = edit.distribution.parts if edit.distribution else {}
         added = {name: (*before.get(name, ()), part) for name, part in parts.items()}
-        edit.distribution = Distribution(mesh, {**before, **added})
+        edit.distribution = Distribution(
+            mesh, {**before, **added}, frozenset(parts if self.offload else ())
+        )
+        if self.offload:
+            follow_input_device(edit.graph)
         return edit.sites("linear", "embedding", "experts")
 
     def _shard(self, edit: Edit, mesh: DeviceMesh) -> dict[str, Part]:
@@ -165,7 +176,7 @@ class FSDP(Pass):
             for dtype, names in groups.items():
                 gathered = edit.call(
                     unshard,
-                    [edit.read(name) for name in names],
+                    [self._read(edit, name, unit) for name in names],
                     [parts[name].dim for name in names],
                     [parts[name].size for name in names],
                     dtype and (self._dtype("param_dtype") or dtype),
@@ -181,6 +192,16 @@ class FSDP(Pass):
                     whole = edit.call(getitem, gathered, index)
                     self._tag(whole, unit)
                     unit.give(name, whole)
+
+    def _read(self, edit: Edit, name: str, unit: Unit) -> fx.Node:
+        read = edit.read(name)
+        if not self.offload:
+            return read
+        value = read.meta["val"]
+        # From pinned memory the copy does not wait.
+        copy = edit.call(aten.to.device, read, value.device, value.dtype, True)
+        self._tag(copy, unit)
+        return copy
 
     def _tag(self, node: fx.Node, unit: Unit) -> None:
         # The region of what reads it, or it would be saved on its way there.

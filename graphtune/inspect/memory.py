@@ -30,6 +30,8 @@ MakeOptimizer = Callable[[list[nn.Parameter]], Any]
 class MemoryEstimate:
     """Bytes that a training step holds when it holds the most.
 
+    What FSDP's `offload` keeps in the CPU's memory is not among them.
+
     Attributes:
         parameters: of the model and of adapters, and its buffers (quantized weights are such).
         gradients: of what trains, while the optimizer steps.
@@ -94,7 +96,7 @@ def _measure(
             _optimize(stepper, trainable)  # its state is made by its first step
             gc.collect()
             state = live.now - parameters
-            gradients = _bytes(trainable)
+            gradients = _bytes(t for t in trainable if not t.is_meta)
             live.peak = parameters + gradients + state
             if inputs is not None:
                 loss_on_shapes(program, tensors, inputs).backward()
@@ -109,12 +111,20 @@ def _measure(
 
 
 def empty_tensors(program: Program) -> dict[str, Tensor]:
-    """Parameters and buffers of a program's shapes, made in the mode that is on."""
+    """Parameters and buffers of a program's shapes, made in the mode that is on.
+
+    Those that stay in the CPU's memory are on the meta device, as if that were it.
+    """
+    stay = program.distribution.offloaded if program.distribution else ()
+
+    def empty(name: str, like: Tensor) -> Tensor:
+        return torch.empty(like.shape, dtype=like.dtype, device="meta" if name in stay else None)
+
     tensors: dict[str, Tensor] = {
-        name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+        name: nn.Parameter(empty(name, p), requires_grad=p.requires_grad)
         for name, p in program.named_parameters()
     }
-    return tensors | {n: torch.empty(b.shape, dtype=b.dtype) for n, b in program.named_buffers()}
+    return tensors | {name: empty(name, b) for name, b in program.named_buffers()}
 
 
 def empty_batch(program: Program, batch: int, seq: int) -> Sequence[Tensor]:
@@ -193,6 +203,8 @@ class _Live(TensorMode):
 
     def count(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
+            if tensor.is_meta:
+                continue
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._alive:

@@ -28,7 +28,7 @@ def evaluate_loss(
     """
     was_training = program.training
     program.eval()
-    device = next(program.parameters()).device
+    device = program.device
     total, tokens = 0.0, 0.0
     try:
         for batch in batches:

@@ -102,7 +102,7 @@ class TrainState:
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._untouched = {n: (id(b), b._version) for n, b in self.program.named_buffers()}
         self._divided = Divided(self.program)
-        self._devices = sorted({p.device for p in self._parameters.values()}, key=str)
+        self._device = self.program.device
 
     def snapshot(self) -> Snapshot:
         """A copy of what this rank writes of the state as it is now, between optimizer steps.
@@ -165,10 +165,9 @@ class TrainState:
         description, tensors = read_checkpoint(folder, self._divided.wanted)
         self._check(description, folder)
         state = description["state"]
-        device = self._devices[0]
 
         def read(written: Any) -> Any:
-            return unflatten(written, tensors, device)
+            return unflatten(written, tensors, self._device)
 
         for name, written in state["parameters"].items():
             parameter = self._parameters[name]
@@ -227,12 +226,11 @@ class TrainState:
     def _restore_optimizer(
         self, optimizer: Optimizer, written: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> None:
-        device = self._devices[0]
         if "own" in written:
-            optimizer.load_state_dict(unflatten(written["own"], tensors, device))
+            optimizer.load_state_dict(unflatten(written["own"], tensors, self._device))
             return
         for group, saved in zip(optimizer.param_groups, written["groups"], strict=True):
-            for key, value in unflatten(saved, tensors, device).items():
+            for key, value in unflatten(saved, tensors, self._device).items():
                 if isinstance(group.get(key), Tensor):
                     copy_into(group[key], value)  # compiled steps may hold this very tensor
                 else:
@@ -242,8 +240,8 @@ class TrainState:
             parameter = self._parameters[name]
             optimizer.state[parameter] = unflatten(values, tensors, parameter.device)
 
-    # Random numbers: of Python, numpy, torch's CPU, and the devices that parameters lie on (to
-    # ask the others would allocate memory on them).
+    # Random numbers: of Python, numpy, torch's CPU, and the device that computes (to ask others
+    # would allocate memory on them).
 
     def _rng_state(self) -> dict[str, Any]:
         kind, keys, *rest = np.random.get_state()
@@ -253,8 +251,7 @@ class TrainState:
             "torch": torch.get_rng_state(),
             "devices": [
                 torch.get_device_module(device).get_rng_state(device)
-                for device in self._devices
-                if device.type != "cpu"
+                for device in self._accelerators()
             ],
         }
 
@@ -270,9 +267,11 @@ class TrainState:
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
-        devices = [device for device in self._devices if device.type != "cpu"]
-        for device, one in zip(devices, state["devices"], strict=True):
+        for device, one in zip(self._accelerators(), state["devices"], strict=True):
             torch.get_device_module(device).set_rng_state(one.cpu(), device)
+
+    def _accelerators(self) -> list[torch.device]:
+        return [] if self._device.type == "cpu" else [self._device]
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same in a run that goes on with this one's state."""
@@ -283,7 +282,7 @@ class TrainState:
                 for row in self.program.ledger
                 if row.name not in DIVIDE
             ],
-            "devices": [device.type for device in self._devices],
+            "devices": [self._device.type],
             "parameters": {
                 name: f"{str(p.dtype).removeprefix('torch.')} {list(shape)}"
                 for name, p in self._parameters.items()

@@ -27,6 +27,7 @@ class TinyModel(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.ledger = ()
+        self.device = torch.device("cpu")
         self.frozen = nn.Linear(8, 64, dtype=dtype).requires_grad_(False)
         self.norm = nn.BatchNorm1d(64, dtype=dtype)  # its running mean is a buffer that changes
         self.hidden = nn.Linear(64, 64, dtype=dtype)  # large enough for torchao to quantize

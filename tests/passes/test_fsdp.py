@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import graphtune as gt
@@ -15,6 +18,7 @@ from graphtune.collectives import sum_gradients, unshard
 from graphtune.distributed import make_mesh
 from graphtune.engine import plan_hash
 from graphtune.errors import UserError
+from graphtune.inspect.memory import empty_batch, estimate
 from graphtune.passes import FSDP, ActivationCheckpoint, LoRA, QLoRA
 from tests.oracles.distributed_cases import (
     ADAPT,
@@ -69,6 +73,7 @@ def test_two_ranks_are_one_process_bit_for_bit(two: World) -> None:
         *(Case(adapt=adapt) for adapt in ADAPT),
         Case(adapt="lora", options=WHOLE_ADAPTERS),
         Case(options={"reshard_after_forward": False}, steps=3),
+        Case(options={"offload": True}, steps=3),
         Case(more=(ActivationCheckpoint("full"),), steps=3),
         Case(more=(ActivationCheckpoint("selective", layers=(0,)),), adapt="qlora", steps=3),
     ]
@@ -271,3 +276,60 @@ def test_bad_input(rank_5_of_64: None) -> None:
     mesh = make_mesh("cpu")
     with pytest.raises(UserError, match="nothing_*"):
         program.apply(FSDP(mesh=mesh, replicate=("nothing_*",)))
+
+
+class _Devices(TorchDispatchMode):
+    """The kinds of device of what each operator takes and gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, frozenset[str]]] = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        self.seen.add((str(op), frozenset(t.device.type for t in tensors if t.dim())))
+        return result
+
+
+@pytest.mark.parametrize("adapters", [(), (QLoRA(rank=2),)], ids=["full", "qlora"])
+def test_offloaded_shards_go_to_the_device_and_their_gradients_come_back(
+    rank_5_of_64: None, adapters: tuple
+) -> None:
+    program = llama_70b(2).apply(*adapters, FSDP(mesh=make_mesh("cpu"), offload=True))
+    stay = program.distribution.offloaded
+    assert stay >= {n for n, p in program.named_parameters() if p.requires_grad}
+    with FakeTensorMode(), _Devices() as devices:
+        tensors = {
+            name: torch.empty(t.shape, dtype=t.dtype, device="cpu" if name in stay else "meta")
+            for name, t in (*program.named_parameters(), *program.named_buffers())
+        }
+        trained = [n for n, p in program.named_parameters() if p.requires_grad]
+        for name in trained:
+            tensors[name].requires_grad_()
+        with torch.device("meta"):
+            inputs = empty_batch(program, 1, 4)
+        logits = torch.func.functional_call(program.graph_module, tensors, tuple(inputs))
+        gradients = torch.autograd.grad(logits.sum(), [tensors[name] for name in trained])
+    assert logits.device.type == "meta"
+    assert {gradient.device.type for gradient in gradients} == {"cpu"}
+    # On the CPU nothing is computed; what is there, is copied.
+    on_cpu = {op for op, where in devices.seen if where == {"cpu"}}
+    assert on_cpu <= {"aten.empty.memory_format", "aten.detach.default", "prim.device.default"}
+    assert {op for op, where in devices.seen if len(where) == 2} == {"aten._to_copy.default"}
+
+
+def test_offloaded_shards_stay_when_the_program_moves(rank_5_of_64: None) -> None:
+    program = llama_70b(1).apply(LoRA(rank=2), FSDP(mesh=make_mesh("cpu"), offload=True))
+    before = dict(program.named_parameters())
+    program.to_empty(device="cpu")
+    assert all(before[n] is p and p.is_meta for n, p in program.named_parameters())
+    assert all(not b.is_meta for _, b in program.named_buffers())
+
+
+def test_the_device_holds_no_offloaded_shards(rank_5_of_64: None) -> None:
+    program, mesh = llama_70b(1), make_mesh("cpu", dp_shard=8, dp_replicate=8)
+    here, away = (estimate(program.apply(FSDP(mesh=mesh, offload=o)), 1, 8) for o in (False, True))
+    assert (away.parameters, away.gradients, away.optimizer) < (1000, 1000, 1000)
+    assert here.parameters == pytest.approx(sum(p.numel() for p in program.parameters()) / 2, 0.01)
+    assert away.total < here.total - here.optimizer  # copies of shards come and go
