@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from graphtune.distributed import Distribution, Part
 from graphtune.errors import UserError
+from graphtune.masks import causal_mask, default_position_ids
 from graphtune.models.images import IMAGE_INPUTS, PIXELS, blank_images
 
 if TYPE_CHECKING:
@@ -365,25 +366,3 @@ class Program(nn.Module):
             f"Program({self.info.model_class}: {passes}; {len(self.graph.nodes):,} nodes, "
             f"{total:,} parameters, {trainable:,} trainable)"
         )
-
-
-def default_position_ids(input_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """Positions (batch, seq) that count from each row's first token that is not padding."""
-    if padding_mask is not None and padding_mask.dim() == 2:
-        return (padding_mask.long().cumsum(-1) - 1).clamp(min=0)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return positions.expand(input_ids.shape[0], -1)
-
-
-def causal_mask(input_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """Bool (batch, 1, seq, seq): a query attends to itself and to earlier, unpadded keys.
-
-    A padding position attends at least to itself, so that no row of the softmax is empty.
-    """
-    batch, length = input_ids.shape
-    index = torch.arange(length, device=input_ids.device)
-    causal = index[:, None] >= index[None, :]
-    if padding_mask is None:
-        return causal.expand(batch, 1, length, length)
-    itself = index[:, None] == index[None, :]
-    return causal & (padding_mask.bool()[:, None, None, :] | itself)
