@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,3 +66,25 @@ def document_mask(documents: Tensor, input_ids: Tensor) -> Tensor:
     numbers = numbers.view(input_ids.shape).to(input_ids.device)
     same = numbers[:, None, :, None] == numbers[:, None, None, :]
     return same.tril()
+
+
+def with_documents(program: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A batch that tells which tokens see each other in the way that a program takes.
+
+    Args:
+        program: a `graphtune.Program`.
+        batch: `input_ids`; of one without `attention_mask`, `position_ids` tell where each document
+            begins; without both, each row is one.
+    """
+    if batch.get("attention_mask") is not None or batch.get("position_ids") is None:
+        return batch
+    documents = find_documents(batch["position_ids"])
+    ids = batch["input_ids"]
+    if program.takes_documents and ids.device.type == "cpu":
+        batch = {**batch, "documents": documents}
+        reads_mask = program.packed.graph.find_nodes(op="placeholder", target="attention_mask")
+        if not reads_mask[0].users:
+            return batch
+    elif not bool((documents[:, 0] % ids.shape[1]).any()):
+        return batch  # no row has anything before its document
+    return {**batch, "attention_mask": document_mask(documents, ids)}
