@@ -80,10 +80,10 @@ def with_documents(program: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Te
         return batch
     documents = find_documents(batch["position_ids"])
     ids = batch["input_ids"]
-    if program.takes_documents and ids.device.type == "cpu":
+    if program.packed is not None and ids.device.type == "cpu":
         batch = {**batch, "documents": documents}
-        reads_mask = program.packed.graph.find_nodes(op="placeholder", target="attention_mask")
-        if not reads_mask[0].users:
+        (mask,) = program.packed.graph.find_nodes(op="placeholder", target="attention_mask")
+        if not mask.users:
             return batch
     elif not bool((documents[:, 0] % ids.shape[1]).any()):
         return batch  # no row has anything before its document

@@ -40,8 +40,8 @@ class CausalAttention(Pass):
     mask.
 
     Attention in windows, and all else that is derived from the mask, stays as it is; with documents
-    attention with dropout, too. The graph for calls with a mask is not touched. Whatever pass comes later
-    drops the other graphs, and `save` does not keep them.
+    attention with dropout does, too. The graph for calls with a mask is not touched. Whatever pass
+    comes later drops the other graphs, and `save` does not keep them.
     """
 
     name: ClassVar[str] = "causal_attention"
@@ -137,8 +137,19 @@ def _with_documents(graph: fx.Graph) -> fx.Graph | None:
             carry_tags(one, node)
         node.replace_all_uses_with(out)
         copy.erase_node(node)
+    _measure_ids(copy)
     copy.eliminate_dead_code()
     return copy
+
+
+def _measure_ids(graph: fx.Graph) -> None:
+    """Let what reads sizes of the mask, which may be none, read them of the ids."""
+    ids, *others = graph.find_nodes(op="placeholder")
+    (mask,) = (node for node in others if node.target == "attention_mask")
+    sizes = [str(size) for size in ids.meta["val"].shape]
+    for node in [user for user in mask.users if user.target is aten.sym_size.int]:
+        if (size := str(node.meta["val"])) in sizes:
+            node.args = (ids, sizes.index(size))
 
 
 def _has_kernel(node: fx.Node) -> bool:

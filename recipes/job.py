@@ -89,7 +89,9 @@ class Job:
         """What besides its id says which checkpoint a model comes from."""
         return origin(self.config.model)
 
-    def loader(self, dataset: Data, batch_size: int, *, train: bool = False) -> Loader:
+    def loader(
+        self, dataset: Data, batch_size: int, *, train: bool = False, masked: bool = True
+    ) -> Loader:
         """Batches of a data set, on the job's device; in the config's order only to train."""
         options = self.config.loader
         rank, world = data_rank()
@@ -101,6 +103,7 @@ class Job:
             world=world,
             workers=options.workers if train else 0,
             device=self.device,
+            masked=masked,
         )
 
     def steps(self, loader: Loader) -> int:

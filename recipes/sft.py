@@ -26,7 +26,7 @@ from graphtune.distributed import stop as leave_ranks
 from graphtune.engine import NotFinite, TrainStep, compile_step, save_batches
 from graphtune.generation import encode_chat, generate, stop_ids
 from graphtune.losses import Loss
-from graphtune.passes import FusedLoss, Stage, optimized
+from graphtune.passes import CausalAttention, FusedLoss, Stage, optimized
 from graphtune.passes.qat import at_step
 from graphtune.program import Program
 from graphtune.recipes import save_trained
@@ -167,7 +167,8 @@ class Training:
 
     def evaluating(self, data: Data) -> Iterator[Batch]:
         """One epoch of a data set that is not trained on."""
-        return iter(self.job.loader(data, self.loader.batching.batch_size))
+        masked = not self.evaluated.takes_documents
+        return iter(self.job.loader(data, self.loader.batching.batch_size, masked=masked))
 
 
 def set_up(program: Program, job: Job, loader: Loader) -> Training:
@@ -177,6 +178,9 @@ def set_up(program: Program, job: Job, loader: Loader) -> Training:
     trained = optimized(planned) if cfg.compile else planned
     fused = [one for one in job.step_passes if isinstance(one, FusedLoss)]
     evaluated = program.apply(*(FusedLoss(one.chunks, backward=False) for one in fused))
+    if cfg.compile:
+        evaluated = evaluated.apply(CausalAttention())
+    loader.masked = not trained.takes_documents
     steps = job.steps(loader)
     optimizer = make_optimizer(program, cfg)
     scheduler = make_scheduler(optimizer, cfg, steps)
