@@ -7,13 +7,15 @@ from torch.profiler import ProfilerActivity, profile
 
 
 @contextmanager
-def counting(name: str) -> Iterator[list[list[int]]]:
-    """Within it an operator's calls are counted; what it gives then has each one's first shape.
+def counting(*names: str) -> Iterator[dict[str, list[list[int]]]]:
+    """Within it operators' calls are counted; what it gives then has each one's first shape.
 
     Args:
-        name: such as `aten::mm`.
+        names: such as `aten::mm`.
     """
-    shapes: list[list[int]] = []
+    shapes: dict[str, list[list[int]]] = {name: [] for name in names}
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
         yield shapes
-    shapes += [event.input_shapes[0] for event in found.events() if event.name == name]
+    for event in found.events():
+        if event.name in shapes:
+            shapes[event.name].append(event.input_shapes[0])
