@@ -38,7 +38,8 @@ class Compiled:
         outline: the program's, with compiled layers; None if it is compiled whole.
         graphs: how many graphs were compiled (or found in a cache on disk) so far. It grows at
             the first call, with the first batch of one row, when gradients or the training mode
-            are switched off, and for no other sizes of a batch.
+            are switched off, with the first batch of each of the program's graphs, and for no
+            other sizes of a batch.
     """
 
     how: Literal["whole", "layers"]

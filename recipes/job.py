@@ -90,9 +90,18 @@ class Job:
         return origin(self.config.model)
 
     def loader(
-        self, dataset: Data, batch_size: int, *, train: bool = False, masked: bool = True
+        self,
+        dataset: Data,
+        batch_size: int,
+        program: Program | None = None,
+        *,
+        train: bool = False,
     ) -> Loader:
-        """Batches of a data set, on the job's device; in the config's order only to train."""
+        """Batches of a data set, on the job's device; in the config's order only to train.
+
+        Args:
+            program: what is given them, if it is known; it may do without masks.
+        """
         options = self.config.loader
         rank, world = data_rank()
         return Loader(
@@ -103,7 +112,7 @@ class Job:
             world=world,
             workers=options.workers if train else 0,
             device=self.device,
-            masked=masked,
+            masked=program is None or not program.takes_documents,
         )
 
     def steps(self, loader: Loader) -> int:
