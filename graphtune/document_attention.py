@@ -37,6 +37,12 @@ def _blocks(documents: Tensor, query: Tensor) -> Iterator[tuple[slice, slice]]:
         yield slice(whole[0], whole[-1] + 1), slice(0, length)
 
 
+def _is_each_row(documents: Tensor, query: Tensor) -> bool:
+    """Whether all rows are a document each."""
+    everything = slice(0, query.shape[0]), slice(0, query.shape[2])
+    return list(_blocks(documents, query)) == [everything]
+
+
 def _is_covered(documents: Tensor, query: Tensor) -> bool:
     """Whether each token is in a document."""
     return int((documents[:, 1] - documents[:, 0]).sum()) == query.shape[0] * query.shape[2]
@@ -61,6 +67,8 @@ def _gradients(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, documents: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
+    if _is_each_row(documents, query):
+        return _forward(query, key, value, 0.0, True, scale=scale)
     out, logsumexp = _results(query)
     if not _is_covered(documents, query):
         out.copy_(value.repeat_interleave(query.shape[1] // key.shape[1], 1))  # each sees itself
@@ -92,6 +100,8 @@ def _attend_backward(
     documents: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if _is_each_row(documents, query):
+        return _backward(gradient, query, key, value, out, logsumexp, 0.0, True, scale=scale)
     found = _gradients(query, key)
     if not _is_covered(documents, query):
         for one in found[:2]:
