@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-aten = torch.ops.aten
-_forward = aten._scaled_dot_product_flash_attention_for_cpu.default
-_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+from graphtune.torch_private import causal_attention_on_cpu, causal_attention_on_cpu_backward
 
 
 def _blocks(documents: Tensor, query: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -68,15 +66,15 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, documents: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     if _is_each_row(documents, query):
-        return _forward(query, key, value, 0.0, True, scale=scale)
+        return causal_attention_on_cpu(query, key, value, scale)
     out, logsumexp = _results(query)
     if not _is_covered(documents, query):
         out.copy_(value.repeat_interleave(query.shape[1] // key.shape[1], 1))  # each sees itself
         logsumexp.zero_()
     for rows, columns in _blocks(documents, query):
         place = (rows, slice(None), columns)
-        parts = (one[place] for one in (query, key, value))
-        out[place], logsumexp[place] = _forward(*parts, 0.0, True, scale=scale)
+        parts = query[place], key[place], value[place]
+        out[place], logsumexp[place] = causal_attention_on_cpu(*parts, scale)
     return out, logsumexp
 
 
@@ -101,7 +99,7 @@ def _attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _is_each_row(documents, query):
-        return _backward(gradient, query, key, value, out, logsumexp, 0.0, True, scale=scale)
+        return causal_attention_on_cpu_backward(gradient, query, key, value, out, logsumexp, scale)
     found = _gradients(query, key)
     if not _is_covered(documents, query):
         for one in found[:2]:
@@ -110,8 +108,9 @@ def _attend_backward(
     for rows, columns in _blocks(documents, query):
         place = (rows, slice(None), columns)
         parts = (one[place] for one in (gradient, query, key, value, out, logsumexp))
-        for one, each in zip(found, _backward(*parts, 0.0, True, scale=scale), strict=True):
-            one[place] = each
+        pieces = causal_attention_on_cpu_backward(*parts, scale)
+        for one, piece in zip(found, pieces, strict=True):
+            one[place] = piece
     return found
 
 

@@ -111,8 +111,9 @@ def test_gradients_are_the_differences():
     assert torch.autograd.gradcheck(lambda *x: document_attention(*x, documents, 0.4)[0], given)
 
 
-def test_the_operator_is_what_compilers_take_it_for():
-    places = positions((3, 2), (4,))
+@pytest.mark.parametrize("rows", [[(3, 2), (4,)], [(5,), (5,)]])
+def test_the_operator_is_what_compilers_take_it_for(rows):
+    places = positions(*rows)
     given = (*inputs(*places.shape, heads=2, shared=1, width=4), find_documents(places), 0.4)
     torch.library.opcheck(document_attention, given)
 
