@@ -107,8 +107,8 @@ def _attend_backward(
         torch.sum(gradient.unflatten(1, (key.shape[1], -1)), 2, out=found[2])
     for rows, columns in _blocks(documents, query):
         place = (rows, slice(None), columns)
-        parts = (one[place] for one in (gradient, query, key, value, out, logsumexp))
-        pieces = causal_attention_on_cpu_backward(*parts, scale)
+        given = gradient[place], query[place], key[place], value[place]
+        pieces = causal_attention_on_cpu_backward(*given, out[place], logsumexp[place], scale)
         for one, piece in zip(found, pieces, strict=True):
             one[place] = piece
     return found
