@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from graphtune.capture_cache import cache_file, keep, recall
 from graphtune.errors import UserError
+from graphtune.masks import causal_mask, default_position_ids
 from graphtune.models.images import PIXELS, ImageModel, image_model
 from graphtune.models.patches import exportable
 from graphtune.normalize import normalize
-from graphtune.program import Deferred, ModelInfo, Program, causal_mask, default_position_ids
+from graphtune.program import Deferred, ModelInfo, Program
 from graphtune.sites import module_of
 from graphtune.torch_private import size_at, size_symbol
 from graphtune.weights import fingerprint

@@ -9,8 +9,8 @@ take batches of any size and length from the first call on, but for a batch of o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -38,7 +38,8 @@ class Compiled:
         outline: the program's, with compiled layers; None if it is compiled whole.
         graphs: how many graphs were compiled (or found in a cache on disk) so far. It grows at
             the first call, with the first batch of one row, when gradients or the training mode
-            are switched off, and for no other sizes of a batch.
+            are switched off, with the first batch of each of the program's graphs, and for no
+            other sizes of a batch.
     """
 
     how: Literal["whole", "layers"]
@@ -64,9 +65,13 @@ class Compiled:
             found = None
         inputs = program.graph.find_nodes(op="placeholder")
         self.graphs = 0
-        self._unmasked: Compiled | None = None
-        self._make_unmasked = lambda: Compiled(program.without_mask(), loss, how)
-        self._has_unmasked = program.unmasked is not None
+        graphs = {"unmasked": program.unmasked, "packed": program.packed}
+        self._make = {
+            name: partial(Compiled, program.running(one), loss, how)
+            for name, one in graphs.items()
+            if one is not None
+        }
+        self._others: dict[str, Compiled] = {}
         self.varying = {str(node.target): _symbolic_dims(node.meta["val"]) for node in inputs}
         self.how = "whole" if found is None else "layers"
         self.outline = found
@@ -83,11 +88,14 @@ class Compiled:
         return f"compiled by layer ({layers} layers, {distinct} distinct)"
 
     def __call__(self, batch: Batch) -> Tensor:
-        if self._has_unmasked and batch.get("attention_mask") is None:
-            self._unmasked = self._unmasked or self._make_unmasked()
-            before = self._unmasked.graphs
-            value = self._unmasked(batch)
-            self.graphs += self._unmasked.graphs - before
+        name = "packed" if "documents" in batch else "unmasked"
+        if name in self._make and (name == "packed" or batch.get("attention_mask") is None):
+            if name not in self._others:
+                self._others[name] = self._make[name]()
+            other = self._others[name]
+            before = other.graphs
+            value = other(batch)
+            self.graphs += other.graphs - before
             return value
         for name, tensor in batch.items():
             # Labels and weights are (batch, seq), and so is a mask that is not yet one of pairs.
@@ -132,9 +140,7 @@ def _by_layer(program: Program, found: Outline, loss: Loss) -> tuple[Program, Lo
         values = outer(*inputs)
         return last(*values)[0] if has_loss else values
 
-    layered = copy.copy(program)
-    object.__setattr__(layered, "graph_module", run)
-    return layered, lambda values, labels, weights: last(*values, labels, weights)
+    return program.running(run), lambda values, labels, weights: last(*values, labels, weights)
 
 
 class _Region(nn.Module):

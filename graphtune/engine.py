@@ -118,6 +118,7 @@ class TrainStep:
         Args:
             batch: `input_ids` and `labels` int64 (batch, seq), optional `attention_mask` bool
                 (batch, 1, seq, seq) or (batch, seq), optional `position_ids` int64 (batch, seq),
+                which without a mask tell where documents begin (`graphtune.masks.find_documents`),
                 optional `weights` float32 (batch, seq) of the labels, optional images (see
                 `graphtune.image_inputs.with_images`); or several such, whose
                 gradients are added up. The loss is the (weighted) mean over all labelled tokens

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graphtune.errors import UserError
 from graphtune.losses import Batch, with_rows
+from graphtune.masks import with_documents
 from graphtune.models.images import IMAGE_INPUTS, PIXELS, ImageModel, image_model
 
 _MASK = "pixel_attention_mask"  # of processors that fill up images to one size
@@ -18,7 +19,7 @@ _FEWEST = 2  # images, as symbolic sizes have to be
 
 
 def as_taken(program: Any, batch: Batch) -> Batch:
-    """A batch with all that a program takes: its images, and its labelled rows.
+    """A batch with all that a program takes: images, labelled rows, documents or their mask.
 
     Not for what is compiled: what there is depends on the batch's values.
 
@@ -29,7 +30,7 @@ def as_taken(program: Any, batch: Batch) -> Batch:
     Raises:
         UserError: images for a program that takes none, or that do not match the tokens.
     """
-    return with_rows(program, with_images(program, batch))
+    return with_rows(program, with_documents(program, with_images(program, batch)))
 
 
 def with_images(program: Any, batch: Batch) -> Batch:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from graphtune.distributed import Distribution, Part
 from graphtune.errors import UserError
+from graphtune.masks import causal_mask, default_position_ids
 from graphtune.models.images import IMAGE_INPUTS, PIXELS, blank_images
 
 if TYPE_CHECKING:
@@ -110,12 +111,15 @@ class Program(nn.Module):
         deferred: what `load_weights` must do; None where the weights are there.
         unmasked: the graph for calls without a mask, with the same inputs, or None where
             `graph_module` is that of all calls; see `graphtune.passes.CausalAttention`.
+        packed: the graph for calls with `documents`, which it takes last, or None; likewise.
+        takes_documents: whether there is one.
         unmerged: what this program was before a merge that was asked to keep it, or None.
         distribution: how it is spread over several processes, or None.
     """
 
     graph_module: fx.GraphModule
     unmasked: fx.GraphModule | None
+    packed: fx.GraphModule | None
     unmerged: Program | None
 
     def __init__(
@@ -147,7 +151,9 @@ class Program(nn.Module):
         # Not registered as a child, or each name would exist a second time.
         object.__setattr__(self, "graph_module", self._runnable(graph))
         object.__setattr__(self, "unmasked", None)
+        object.__setattr__(self, "packed", None)
         object.__setattr__(self, "unmerged", None)
+        self.takes_documents = False
         self.info = info
         self.ledger = tuple(ledger)
         self.deferred = deferred
@@ -173,12 +179,17 @@ class Program(nn.Module):
         """Run another graph, over the same tensors, when no mask is given."""
         object.__setattr__(self, "unmasked", self._runnable(graph))
 
-    def without_mask(self) -> Program:
-        """The program for calls without a mask, over the same tensors, by itself."""
+    def add_packed(self, graph: fx.Graph) -> None:
+        """Run another graph, over the same tensors, when documents are given."""
+        object.__setattr__(self, "packed", self._runnable(graph))
+        self.takes_documents = True
+
+    def running(self, graph_module: Any) -> Program:
+        """The same program with one graph for all calls, such as `unmasked` or `packed`."""
         other = copy.copy(self)
-        if self.unmasked is not None:
-            object.__setattr__(other, "graph_module", self.unmasked)
-            object.__setattr__(other, "unmasked", None)
+        object.__setattr__(other, "graph_module", graph_module)
+        object.__setattr__(other, "unmasked", None)
+        object.__setattr__(other, "packed", None)
         return other
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
@@ -221,6 +232,7 @@ class Program(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        documents: Tensor | None = None,
         **added: Tensor,
     ) -> Tensor:
         """Logits of every position, or what a pass made of them.
@@ -233,6 +245,9 @@ class Program(nn.Module):
                 token that is not padding where a (batch, seq) mask is given. A program with a
                 key-value cache takes (seq,) too, and only it tells earlier tokens by them: see
                 `graphtune.passes.KVCache`.
+            documents: see `graphtune.masks.find_documents`: tokens see those of their document
+                alone. For a program that `takes_documents`; with the mask that says the same,
+                where its graph `packed` reads one.
             added: what else the graph's `inputs` has, by name. For images see
                 `graphtune.image_inputs`; without, the program takes the ids for text. For
                 `FusedLoss` see `graphtune.losses.labelled_rows`.
@@ -260,20 +275,26 @@ class Program(nn.Module):
             return self.graph_module(input_ids, position_ids.expand(input_ids.shape[0], -1))
         if position_ids is None:
             position_ids = default_position_ids(input_ids, attention_mask)
+        more = [added[name] for name in self._added]
+        if documents is not None:
+            if not self.takes_documents:
+                raise UserError("the program takes no documents; give it an attention_mask")
+            graph_module = self.packed or self.graph_module
+            return graph_module(input_ids, attention_mask, position_ids, *more, documents)
         graph_module = self.graph_module
         if attention_mask is None and self.unmasked is not None:
             graph_module = self.unmasked
         if attention_mask is None or attention_mask.dim() == 2:
             attention_mask = causal_mask(input_ids, attention_mask)
-        more = [added[name] for name in self._added]
         return graph_module(input_ids, attention_mask, position_ids, *more)
 
     def train(self, mode: bool = True) -> Program:
         """Switch dropout on (or off): the graph reads this flag where it drops."""
         super().train(mode)
         self.graph_module.training = mode
-        if self.unmasked is not None:
-            self.unmasked.training = mode
+        for other in (self.unmasked, self.packed):
+            if other is not None:
+                other.training = mode
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Program:
@@ -375,25 +396,3 @@ class Program(nn.Module):
             f"Program({self.info.model_class}: {passes}; {len(self.graph.nodes):,} nodes, "
             f"{total:,} parameters, {trainable:,} trainable)"
         )
-
-
-def default_position_ids(input_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """Positions (batch, seq) that count from each row's first token that is not padding."""
-    if padding_mask is not None and padding_mask.dim() == 2:
-        return (padding_mask.long().cumsum(-1) - 1).clamp(min=0)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return positions.expand(input_ids.shape[0], -1)
-
-
-def causal_mask(input_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """Bool (batch, 1, seq, seq): a query attends to itself and to earlier, unpadded keys.
-
-    A padding position attends at least to itself, so that no row of the softmax is empty.
-    """
-    batch, length = input_ids.shape
-    index = torch.arange(length, device=input_ids.device)
-    causal = index[:, None] >= index[None, :]
-    if padding_mask is None:
-        return causal.expand(batch, 1, length, length)
-    itself = index[:, None] == index[None, :]
-    return causal & (padding_mask.bool()[:, None, None, :] | itself)

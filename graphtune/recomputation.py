@@ -125,8 +125,9 @@ def by_region(program: Program) -> Program:
         return program
     other = copy.copy(program)
     object.__setattr__(other, "graph_module", runner)
-    if program.unmasked is not None:
-        object.__setattr__(other, "unmasked", _Runner(program.unmasked))
+    for name in ("unmasked", "packed"):
+        if (graph_module := getattr(program, name)) is not None:
+            object.__setattr__(other, name, _Runner(graph_module))
     return other
 
 

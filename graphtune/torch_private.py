@@ -159,6 +159,32 @@ def size_at(size: int | torch.SymInt, symbols: dict[str, int]) -> int:
     return int(expression.subs({s: symbols[str(s)] for s in expression.free_symbols}))
 
 
+def causal_attention_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal attention by the fused kernel, and the logsumexp of its scores.
+
+    The public `scaled_dot_product_attention` keeps the logsumexp to itself, without which an
+    operator of our own could not call the kernel of the backward pass.
+    """
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    return forward(query, key, value, 0.0, True, scale=scale)
+
+
+def causal_attention_on_cpu_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, of what `causal_attention_on_cpu` returned; as above."""
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    return backward(gradient, query, key, value, out, logsumexp, 0.0, True, scale=scale)
+
+
 def compile_package(program: ExportedProgram, path: Path) -> None:
     """Compile an exported program ahead of time, to a package for the device that it is on.
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphtune.losses import ROW_INPUTS, with_rows
+from graphtune.losses import with_rows
+from graphtune.masks import with_documents
 from graphtune.program import Program
 from graphtune.shapes import fixed_batch
 from graphtune.sites import module_of
@@ -188,11 +189,17 @@ def probe_ids(program: Program) -> Tensor:
 
 
 @torch.no_grad()
-def eval_output(program: Program, ids: Tensor) -> Tensor:
-    """What a program makes of some ids without dropout or noise; every token is a label."""
+def eval_output(program: Program, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """What a program makes of some ids without dropout or noise; every token is a label.
+
+    Args:
+        position_ids: tell which documents there are; None: each row is one.
+    """
     was_training = program.training
+    given = {} if position_ids is None else {"position_ids": position_ids}
     try:
-        rows = with_rows(program, {"labels": ids})
-        return program.eval()(ids, **{name: rows[name] for name in ROW_INPUTS if name in rows})
+        batch = with_documents(program, {"input_ids": ids, "labels": ids, **given})
+        batch = with_rows(program, batch)
+        return program.eval()(**{name: batch[name] for name in batch if name != "labels"})
     finally:
         program.train(was_training)

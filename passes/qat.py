@@ -7,7 +7,6 @@ integers of what was trained, with the same logits.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -21,6 +20,7 @@ from graphtune.fake_quantization import (
     fake_quantize_tokens,
     fake_quantize_weight,
 )
+from graphtune.masks import with_documents
 from graphtune.passes.adapters import active_adapters, adapter_pass, last_output
 from graphtune.passes.base import Numerics, Pass, Stage
 from graphtune.passes.quantize import format_of
@@ -289,11 +289,11 @@ def run_observing(
     Args:
         look: called with each call of an operator and its arguments, before it runs.
     """
-    observing = copy.copy(program)
-    object.__setattr__(observing, "graph_module", _Observer(program.graph_module, look).run)
+    observing = program.running(_Observer(program.graph_module, look).run)
     was_training = program.training
     program.eval()
     for batch in batches:
+        batch = with_documents(observing, batch)
         observing(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
     program.train(was_training)
 

@@ -89,8 +89,19 @@ class Job:
         """What besides its id says which checkpoint a model comes from."""
         return origin(self.config.model)
 
-    def loader(self, dataset: Data, batch_size: int, *, train: bool = False) -> Loader:
-        """Batches of a data set, on the job's device; in the config's order only to train."""
+    def loader(
+        self,
+        dataset: Data,
+        batch_size: int,
+        program: Program | None = None,
+        *,
+        train: bool = False,
+    ) -> Loader:
+        """Batches of a data set, on the job's device; in the config's order only to train.
+
+        Args:
+            program: what is given them, if it is known; it may do without masks.
+        """
         options = self.config.loader
         rank, world = data_rank()
         return Loader(
@@ -101,6 +112,7 @@ class Job:
             world=world,
             workers=options.workers if train else 0,
             device=self.device,
+            masked=program is None or not program.takes_documents,
         )
 
     def steps(self, loader: Loader) -> int:

@@ -26,7 +26,7 @@ from graphtune.distributed import stop as leave_ranks
 from graphtune.engine import NotFinite, TrainStep, compile_step, save_batches
 from graphtune.generation import encode_chat, generate, stop_ids
 from graphtune.losses import Loss
-from graphtune.passes import FusedLoss, Stage, optimized
+from graphtune.passes import CausalAttention, FusedLoss, Stage, optimized
 from graphtune.passes.qat import at_step
 from graphtune.program import Program
 from graphtune.recipes import save_trained
@@ -167,7 +167,7 @@ class Training:
 
     def evaluating(self, data: Data) -> Iterator[Batch]:
         """One epoch of a data set that is not trained on."""
-        return iter(self.job.loader(data, self.loader.batching.batch_size))
+        return iter(self.job.loader(data, self.loader.batching.batch_size, self.evaluated))
 
 
 def set_up(program: Program, job: Job, loader: Loader) -> Training:
@@ -176,7 +176,9 @@ def set_up(program: Program, job: Job, loader: Loader) -> Training:
     planned = program.apply(*job.step_passes)
     trained = optimized(planned) if cfg.compile else planned
     fused = [one for one in job.step_passes if isinstance(one, FusedLoss)]
-    evaluated = program.apply(*(FusedLoss(one.chunks, backward=False) for one in fused))
+    causal = [CausalAttention()] if cfg.compile else []
+    evaluated = program.apply(*(FusedLoss(one.chunks, backward=False) for one in fused), *causal)
+    loader.masked = not trained.takes_documents
     steps = job.steps(loader)
     optimizer = make_optimizer(program, cfg)
     scheduler = make_scheduler(optimizer, cfg, steps)
@@ -359,9 +361,8 @@ def evaluate(training: Training, *, retention: bool = True) -> dict[str, float]:
     with evaluation_weights(training.optimizer, training.ema):
         if job.dataset_val is not None:
             batches = training.evaluating(job.dataset_val)
-            results["heldout_loss"] = evaluate_loss(
-                training.evaluated, batches, training.evaluation_loss
-            )
+            loss = evaluate_loss(training.evaluated, batches, training.evaluation_loss)
+            results["heldout_loss"] = loss
         if retention and job.retention is not None:
             batches = training.evaluating(job.retention)
             loss = evaluate_loss(training.evaluated, batches, training.evaluation_loss)

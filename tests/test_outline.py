@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3MoeConfig
 
 import graphtune as gt
+from graphtune.masks import causal_mask, default_position_ids
 from graphtune.outline import END, outline
 from graphtune.passes import ActivationCheckpoint, DoRA, LoRA, NEFTune, Quantize
-from graphtune.program import causal_mask, default_position_ids
 from tests.oracles.models import (
     FAMILIES,
     VOCAB,

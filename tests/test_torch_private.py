@@ -100,3 +100,16 @@ def test_processes_are_pretended():
         assert (dist.get_rank(), dist.get_world_size()) == (0, 6)
         dist.all_reduce(torch.ones(2))  # waits for nobody
     assert not dist.is_initialized()
+
+
+def test_causal_attention_has_a_kernel_for_its_gradients():
+    given = [torch.randn(2, 2, 5, 4, requires_grad=True) for _ in range(3)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*given, is_causal=True)
+    slope = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, given, slope)
+    with torch.no_grad():
+        out, logsumexp = torch_private.causal_attention_on_cpu(*given, 0.5)
+        found = torch_private.causal_attention_on_cpu_backward(slope, *given, out, logsumexp, 0.5)
+    torch.testing.assert_close(out, expected)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)

@@ -50,9 +50,12 @@ class Loader:
         device: where batches are wanted; the attention mask is made there, not moved,
             and left out where each row holds one example: causal attention is all it needs. None
             leaves batches to be completed by the caller (see `collation.complete`).
+        masked: False leaves the mask out of packed batches, too: a training step and
+            `evaluate_loss` know from the positions what it would say.
 
     Attributes:
         epoch: of the next batch, from 0.
+        masked: as given; it may be changed.
 
     Raises:
         UserError: an example is longer than a row, or the data set is empty.
@@ -68,9 +71,11 @@ class Loader:
         world: int = 1,
         workers: int = 0,
         device: torch.device | str | None = "cpu",
+        masked: bool = True,
     ) -> None:
         self.batching = batching
         self.device = device
+        self.masked = masked
         self.workers = workers
         share = (batching, pad_token_id, rank, world)
         self._batches: _MapBatches | _StreamBatches
@@ -112,7 +117,7 @@ class Loader:
         if self.device is None:
             return batch
         # With one document in a row, padded at its end, causal attention is enough.
-        return complete(batch, self.device, masked=not self.batching.one_per_row)
+        return complete(batch, self.device, masked=self.masked and not self.batching.one_per_row)
 
     def state_dict(self) -> State:
         """Where the next batch is; the same on all ranks after the same number of batches."""

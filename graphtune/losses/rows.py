@@ -114,7 +114,7 @@ def loss_sum(program: Any, batch: Batch, loss: Loss = cross_entropy) -> Tensor:
             `graphtune.image_inputs.as_taken` returns it.
     """
     given = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
-    images = {name: batch[name] for name in IMAGE_INPUTS if name in batch}
+    added = {name: batch[name] for name in (*IMAGE_INPUTS, "documents") if name in batch}
     if "rows" in batch:
-        return program(*given, **images, **{name: batch[name] for name in ROW_INPUTS})
-    return loss(program(*given, **images), batch["labels"], batch.get("weights"))
+        return program(*given, **added, **{name: batch[name] for name in ROW_INPUTS})
+    return loss(program(*given, **added), batch["labels"], batch.get("weights"))

@@ -235,3 +235,12 @@ def test_streams_are_packed_as_tightly_as_data_sets() -> None:
     sizes = torch.randn(3000, generator=generator).exp().mul(60).clamp(4, 512).int().tolist()
     found = list(loader(sizes, Batching("packed", 4, 512, window=512), stream=True))
     assert sum(sizes) / (len(found) * 4 * 512) >= 0.97
+
+
+def test_masks_are_left_out_on_request():
+    batching = Batching("packed", batch_size=2, length=LENGTH)
+    sizes = [3, 4, 2, 5, 3]
+    bare = list(loader(sizes, batching, False, masked=False))
+    for one, whole in zip(bare, loader(sizes, batching, False), strict=True):
+        assert whole.keys() - one.keys() == {"attention_mask"}
+        assert all(torch.equal(whole[name], tensor) for name, tensor in one.items())

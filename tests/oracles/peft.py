@@ -6,7 +6,8 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from graphtune.program import Program, causal_mask
+from graphtune.masks import causal_mask
+from graphtune.program import Program
 from tests.oracles.models import assert_same_tensors, gradients, random_ids
 
 _PREFIX = "base_model.model."

@@ -27,6 +27,7 @@ from graphtune.losses import (
 )
 from graphtune.passes import (
     FSDP,
+    CausalAttention,
     ContextParallel,
     DataParallel,
     DoRA,
@@ -261,7 +262,7 @@ def compiled(case: Case) -> float:
 
 
 def fused(axis: str) -> dict[str, float]:
-    """How far steps with FusedLoss on some tokens of each row are from one process's."""
+    """How far steps with FusedLoss on some tokens of packed rows are from one process's."""
     mesh = make_mesh("cpu", dp_shard=1, **{axis: dist.get_world_size()})
     divide: list[Pass] = [ContextParallel(mesh=mesh), DataParallel(mesh=mesh)]
     if axis == "tp":
@@ -271,7 +272,11 @@ def fused(axis: str) -> dict[str, float]:
         torch.manual_seed(1)
         alone = copy.deepcopy(captured("llama")).apply(*more)
         split = alone.apply(*divide)
-        programs = copy.deepcopy(alone), split.apply(FusedLoss(chunks=2, label_smoothing=0.1))
+        programs = (
+            copy.deepcopy(alone),
+            split.apply(FusedLoss(chunks=2, label_smoothing=0.1), CausalAttention()),
+        )
+        assert programs[1].takes_documents == (axis == "tp")
         loss = functools.partial(cross_entropy, label_smoothing=0.1)
         steps = [
             gt.compile_step(
@@ -286,6 +291,7 @@ def fused(axis: str) -> dict[str, float]:
         labels = ids.masked_fill(ids % 5 == 0, -100)
         labels[:, 1:3] = -100  # on one rank fewer are labelled than on the other
         batch = {"input_ids": ids, "labels": labels, "weights": 1 + ids % 3 / 2}
+        batch["position_ids"] = torch.arange(LENGTH).remainder(LENGTH // 2 + 1).expand(2, -1)
         for _ in range(3):
             expected, found = (step(batch) for step in steps)
             for key in ("loss", "grad_norm"):

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import graphtune as gt
+from graphtune.masks import causal_mask
 from graphtune.passes import (
     ActivationCheckpoint,
     CausalAttention,
@@ -16,7 +17,7 @@ from graphtune.passes import (
     Quantize,
     optimized,
 )
-from graphtune.program import Program, causal_mask
+from graphtune.program import Program
 from tests.oracles.models import FAMILIES, gradients, random_ids, tiny_gpt2, tiny_model
 from tests.oracles.peft import logits, peft_model, same_start, trainable
 

@@ -38,6 +38,7 @@ from tests.oracles.models import (
     tiny_gpt2,
     tiny_model,
 )
+from tests.oracles.packed import masked, packed
 from tests.passes.test_composition import shake
 
 IDS = random_ids(2, 9)
@@ -387,6 +388,18 @@ def test_adapters_beside_a_rounded_base_are_not_merged():
         program.apply(Merge())
     with pytest.raises(UserError, match="cannot follow 'qat'"):
         program.apply(LoRA(rank=2, adapter="second"))
+
+
+def test_texts_of_a_row_are_observed_apart():
+    base = captured("llama")[1]
+    batch = packed([(5, 4), (7,)], 9)
+    found = []
+    for one in (masked(batch), batch):
+        program = base.apply(QAT(scheme="int8_static"))
+        observe(program, [one])
+        found.append({name: b for name, b in program.named_buffers() if "observed" in name})
+    assert_same_tensors(*found)
+    assert found[0]
 
 
 def test_observing_without_static_sites_runs_nothing():

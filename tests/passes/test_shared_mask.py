@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import graphtune as gt
+from graphtune.masks import causal_mask
 from graphtune.passes import CausalAttention, Full, SharedMask
 from graphtune.passes.shared_mask import attention_mask
-from graphtune.program import causal_mask
 from tests.oracles.models import FAMILIES, gradients, random_ids, tiny_model
 
 

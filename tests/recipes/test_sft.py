@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import graphtune as gt
 from graphtune.cli import main
+from graphtune.data import collation
 from graphtune.recipes import load_run
 from tests.oracles.models import random_ids
 
@@ -64,12 +65,18 @@ def test_train_generate_and_export(config, write, tmp_path, model_folder, capsys
     assert graphtune("export", run, "--to", "hf") == 2, "would overwrite"
 
 
-def test_compiled_run_has_the_losses_of_an_uncompiled_one(config, write, tmp_path):
+def test_compiled_run_has_the_losses_of_an_uncompiled_one(config, write, tmp_path, monkeypatch):
+    """One has masks of its packed rows, the other is told where documents lie."""
     torch._dynamo.reset()
     path = write(config)
+    masks = []
+    make = collation.attention_mask
+    monkeypatch.setattr(collation, "attention_mask", lambda x: masks.append(x) or make(x))
     for name, compiled in (("eager", False), ("compiled", True)):
         run = tmp_path / name
+        masks.clear()
         assert graphtune("train", path, f"output_dir={run}", f"compile={compiled}") == 0
+        assert bool(masks) != compiled
     eager, compiled = (lines(tmp_path / name / "metrics.jsonl") for name in ("eager", "compiled"))
     assert len(eager) == len(compiled) == 8
     for a, b in zip(eager, compiled, strict=True):
