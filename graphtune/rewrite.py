@@ -13,8 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from graphtune.distributed import Part
 from graphtune.program import Deferred, Fill, LedgerRow, Program
+from graphtune.shapes import of_call, of_read
 from graphtune.sites import Kind, Site, find_sites
-from graphtune.torch_private import fake_parameter, propagate
 
 
 def insert_call(
@@ -30,14 +30,9 @@ def insert_call(
         The node, with its (symbolic) shape and dtype in `meta["val"]`.
     """
     node = graph.call_function(target, args, kwargs)
-    value_args, value_kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    node.meta["val"] = propagate(_any_fake(graph), target, value_args, value_kwargs)
+    node.meta["val"] = of_call(node)
     _set_origin(node, origin, by)
     return node
-
-
-def _any_fake(graph: fx.Graph) -> Any:
-    return next(node.meta["val"] for node in graph.nodes if node.op == "placeholder")
 
 
 def _set_origin(node: fx.Node, origin: fx.Node, by: str) -> None:
@@ -178,9 +173,8 @@ class Edit:
     def read(self, name: str) -> fx.Node:
         """Insert a read of the parameter or buffer `name` at the place that `after` set."""
         assert self._origin is not None, "read() belongs inside `with edit.after(node):`"
-        tensor = self.tensor(name)
         node = self.graph.create_node("get_attr", name)
-        node.meta["val"] = fake_parameter(_any_fake(self.graph), tensor.shape, tensor.dtype)
+        node.meta["val"] = of_read(self.graph, self.tensor(name))
         _set_origin(node, self._origin, self.by)
         node.meta["custom"].update(self._notes)
         return node

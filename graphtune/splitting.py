@@ -19,8 +19,9 @@ from torch import Tensor, fx
 from graphtune import exchange
 from graphtune.errors import UserError
 from graphtune.rewrite import Edit
+from graphtune.shapes import of_call
 from graphtune.sites import module_of
-from graphtune.torch_private import is_fake, propagate, size_at, size_symbol
+from graphtune.torch_private import is_fake, size_at, size_symbol
 
 aten = torch.ops.aten
 # What shapes are compared at: primes that are no size of a model, so that products are equal only
@@ -148,7 +149,7 @@ class Spread:
             self._without_rule(node)
             return
         layout = rule(self, node)
-        self.revalue(node)
+        node.meta["val"] = of_call(node)
         if layout is not None:
             self.layouts[node] = layout
 
@@ -158,7 +159,7 @@ class Spread:
             if isinstance(layout, Split) and not layout.sequence:
                 self.refuse(node, f"{node.target} cannot work on part of its input")
         self.replace_inputs(node, self.whole)
-        self.revalue(node)
+        node.meta["val"] = of_call(node)
 
     def refuse(self, node: fx.Node, why: str) -> None:
         """Raise the error that tensor parallelism cannot be had at a node."""
@@ -167,10 +168,6 @@ class Spread:
             f"{self.axis}={self.size}: {why}; leave it out with a rule of `{self.key}.targets`, "
             "{sites: ..., skip: true}"
         )
-
-    def revalue(self, node: fx.Node) -> None:
-        """Compute a node's shape again from its inputs'."""
-        revalue(node)
 
     def replace_inputs(self, node: fx.Node, by: Callable[[fx.Node], fx.Node]) -> None:
         """Let a node read `by(source)` for each source that is not whole."""
@@ -320,13 +317,6 @@ class Spread:
                 f"{what} of {module_of(node)[0]}; choose a divisor of {size}"
             )
         return size // self.size
-
-
-def revalue(node: fx.Node) -> None:
-    """Compute a call's (symbolic) shape again from those of its inputs."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    like = next(iter(node.graph.nodes)).meta["val"]
-    node.meta["val"] = propagate(like, node.target, args, kwargs)
 
 
 def depending_on_trained(edit: Edit) -> set[fx.Node]:

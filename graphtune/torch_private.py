@@ -151,11 +151,18 @@ def size_symbol(size: int | torch.SymInt) -> str | None:
     return None
 
 
+def size_expression(size: int | torch.SymInt) -> Any:
+    """A traced size as what can be compared and hashed without a guard."""
+    return size if isinstance(size, int) else size.node.expr
+
+
 def size_at(size: int | torch.SymInt, symbols: dict[str, int]) -> int:
     """The value of a traced size when its symbols have the given values."""
     if isinstance(size, int):
         return size
     expression = size.node.expr
+    if expression.is_Symbol:  # most are, and to substitute takes long
+        return symbols[str(expression)]
     return int(expression.subs({s: symbols[str(s)] for s in expression.free_symbols}))
 
 

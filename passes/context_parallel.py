@@ -20,8 +20,8 @@ from graphtune.errors import UserError
 from graphtune.passes.base import Numerics, Pass, Stage
 from graphtune.passes.units import describe
 from graphtune.rewrite import Edit
+from graphtune.shapes import of_call
 from graphtune.sites import Site, module_of
-from graphtune.splitting import revalue
 
 aten = torch.ops.aten
 KEY = "passes.context_parallel"
@@ -186,7 +186,7 @@ class _Sharing:
                 node.replace_input_with(masked[node], self._rows(masked[node]))
             if node.op == "call_function":
                 self._check(node)
-                revalue(node)
+                node.meta["val"] = of_call(node)
 
     def _gather(self, node: fx.Node, place: int, dim: int) -> None:
         source: Any = node.args[place]

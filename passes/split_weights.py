@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from graphtune.distributed import Part
 from graphtune.errors import UserError
@@ -13,6 +13,7 @@ from graphtune.passes.adapters import last_output
 from graphtune.passes.quantize import format_of
 from graphtune.quantized_slices import slice_stored
 from graphtune.rewrite import Edit
+from graphtune.shapes import of_call, of_read
 from graphtune.sites import Site
 from graphtune.splitting import Partial, Split, Spread
 
@@ -33,6 +34,9 @@ class WeightSlices:
         self.layouts: dict[fx.Node, Split] = {}
         self.special: dict[fx.Node, Callable[[Spread, fx.Node], Split | Partial | None]] = {}
         self.parts: dict[str, tuple[Part, ...]] = {}
+        self._reads: dict[str, list[fx.Node]] = {}
+        for read in edit.graph.find_nodes(op="get_attr"):
+            self._reads.setdefault(str(read.target), []).append(read)
 
     def column(self, site: Site) -> None:
         """Keep this rank's outputs of a linear."""
@@ -84,7 +88,7 @@ class WeightSlices:
             own = rest[0] - self.rank * count
             rest = [own if 0 <= own < count else -1, *rest[1:]]
         node.args = (weight, index, *rest)
-        spread.revalue(node)
+        node.meta["val"] = of_call(node)
         with self.edit.after(node):
             known = call(aten.unsqueeze.default, inside, -1)
             rows = call(aten.mul.Tensor, node, known)
@@ -110,13 +114,11 @@ class WeightSlices:
         plain = None if pieces else part
         for one in self.edit.replace(name, lambda whole: part.padded(part.of(whole)), part=plain):
             self.parts[one] = (part,)
-        for read in self.edit.graph.find_nodes(op="get_attr"):
-            if read.target in self.parts:
-                read.meta["val"] = self._like(read, self.edit.tensor(read.target))
+            self._now_reads(one)
 
-    def _like(self, read: fx.Node, tensor: Tensor) -> Tensor:
-        value: Tensor = read.meta["val"]
-        return value.new_empty(tensor.shape, dtype=tensor.dtype)
+    def _now_reads(self, name: str) -> None:
+        for read in self._reads.get(name, ()):
+            read.meta["val"] = of_read(self.edit.graph, self.edit.tensor(name))
 
     def _own(self, site: Site, dims: dict[str, int], pieces: tuple[int, ...]) -> None:
         """Slice what belongs to a linear besides its weight.
@@ -131,8 +133,8 @@ class WeightSlices:
             kind = inner[-1] if inner[0] == "modules_to_save" else inner[0]
             if kind in dims:
                 self._slice(name, dims[kind], pieces)
-        for read in self.edit.graph.find_nodes(op="get_attr"):
-            if read.target in names and read.target in self.parts and read not in self.layouts:
+        for read in (read for name in names for read in self._reads.get(name, ())):
+            if read.target in self.parts and read not in self.layouts:
                 dim = self.parts[str(read.target)][0].dim
                 rank = read.meta["val"].dim()
                 self.layouts[read] = Split(dim - rank, pieces)
@@ -163,14 +165,14 @@ class WeightSlices:
                 self.edit.add_buffer(name, value, persistent=self.edit.buffers[name][1])
                 self.parts[name] = (part,)
         for read in given:
-            read.meta["val"] = self._like(read, self.edit.tensor(str(read.target)))
+            self._now_reads(str(read.target))
             read.meta["custom"] = {**read.meta["custom"], "format": own}
         local = [*shape]
         local[dim] //= ranks
         suffixes = [str(read.target).removeprefix(f"{site.parameter}_") for read in given]
         node.args = own.arguments(dict(zip(suffixes, given, strict=True)), local, dtype)
         node.meta["custom"] = {**node.meta["custom"], "format": own}
-        self.spread.revalue(node)
+        node.meta["val"] = of_call(node)
 
 
 def _stored_arguments(node: fx.Node) -> tuple:

@@ -42,13 +42,13 @@ from graphtune.passes.fused_loss import DIVIDED_VOCABULARY
 from graphtune.program import Program
 from graphtune.recipes import check_length, empty_model, make_passes, origin
 from graphtune.recipes.reading import Data, read_sets
-from graphtune.training.checkpoint_files import to_resume
+from graphtune.training.checkpoint import resumed
 from graphtune.training.device import pick_device
 from graphtune.training.loggers import check_loggers
 from graphtune.training.memory import check_fits, largest_batch
 from graphtune.training.optimizers import OptimizerInBackward
 from graphtune.training.parameter_groups import ParameterGroup, parameter_groups
-from graphtune.training.ranks import gathered
+from graphtune.training.ranks import gathered, together
 from graphtune.training.run import Run
 from graphtune.training.schedules import schedule
 from graphtune.training.state import leaves, saved_counters
@@ -125,17 +125,29 @@ class Job:
         return steps if cfg.max_steps is None else min(steps, cfg.max_steps)
 
 
-def prepare(config: DictConfig) -> Job:
+def checkpoint_of(config: DictConfig) -> Path | None:
+    """The checkpoint that a run goes on with, the same on all of its ranks; all must call.
+
+    Raises:
+        UserError: on every rank; there is none that can be used, or the run's folder is used.
+    """
+    cfg = validate(config, SFTConfig)
+    run = Run(cfg.output_dir)
+    if not goes_on_in_place(cfg):
+        together(run.refuse_used)
+    return resumed(cfg.resume, run.checkpoint_dir)
+
+
+def prepare(config: DictConfig, resume_from: Path | None) -> Job:
     """Everything that can fail, before anything that takes long. Writes nothing.
+
+    Args:
+        resume_from: see `checkpoint_of`.
 
     Raises:
         UserError: naming the config key, its value and what would be right.
     """
     cfg = validate(config, SFTConfig)
-    run = Run(cfg.output_dir)
-    if not goes_on_in_place(cfg):
-        run.refuse_used()
-    resume_from = to_resume(cfg.resume, run.checkpoint_dir)
     check_loggers(cfg.loggers)
     device = rank_device(cfg.device)
     passes = [with_loss_options(one, cfg) for one in make_passes(cfg.passes)]

@@ -33,6 +33,7 @@ from graphtune.recipes import save_trained
 from graphtune.recipes.job import (
     Data,
     Job,
+    checkpoint_of,
     choose_batch_size,
     goes_on_in_place,
     has_ended,
@@ -51,7 +52,7 @@ from graphtune.training.loggers import Loggers
 from graphtune.training.memory import explaining_out_of_memory
 from graphtune.training.profiling import StepProfiler
 from graphtune.training.progress import TrainingProgress
-from graphtune.training.ranks import main_first, on_any, same, seed_rank
+from graphtune.training.ranks import main_first, on_any, seed_rank
 from graphtune.training.results import print_results
 from graphtune.training.run import Run
 from graphtune.training.signals import StopSignals
@@ -91,11 +92,8 @@ def run_on_rank(config: DictConfig) -> Run:
         return Run(config.output_dir)
     clock = Clock(console)
     with clock.phase("prepare", "reading config and data"):
-        job = main_first(lambda: prepare(config))
-        same(
-            job.resume_from and job.resume_from.name,
-            "ranks see other checkpoints: `output_dir` must be on a disk that all machines share",
-        )
+        resume_from = checkpoint_of(config)
+        job = main_first(lambda: prepare(config, resume_from))
     cfg = job.config
     seed_everything(cfg.seed, cfg.deterministic)
     with clock.phase("capture", "capturing the graph"):

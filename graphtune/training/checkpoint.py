@@ -5,6 +5,7 @@ What a checkpoint is made of: `graphtune.training.checkpoint_files`.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import shutil
 import time
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from graphtune.distributed import is_main, is_spread
 from graphtune.errors import UserError
 from graphtune.training.checkpoint_files import (
+    DESCRIPTION,
     PREFIX,
     Snapshot,
     checkpoints,
@@ -28,13 +30,41 @@ from graphtune.training.checkpoint_files import (
     metric_of,
     step_of,
     sync,
+    to_resume,
     write_files,
     write_share,
 )
-from graphtune.training.ranks import from_main, gathered_counts, together
+from graphtune.training.ranks import from_main, gathered_counts, on_main, same, together
 
 _MARGIN = 16 * 2**20  # bytes of disk beyond the tensors: JSON, and what others write meanwhile
 _SEEN_S = 60  # seconds that a shared disk may take to show other machines a new folder
+
+
+def resumed(resume: str | None, folder: str | Path) -> Path | None:
+    """`to_resume` of several ranks: rank 0 alone reads all files, to hash them.
+
+    All ranks must call. The others look whether they see the same checkpoint, and all its files.
+
+    Raises:
+        UserError: on every rank, if what is named holds no checkpoint, or only damaged ones, or a
+            rank does not see it.
+    """
+    path = on_main(lambda: to_resume(resume, folder))
+    if path is not None and is_spread():
+        together(lambda: _check_sight(path))
+        same(
+            hashlib.sha256((path / DESCRIPTION).read_bytes()).hexdigest(),
+            f"ranks see other checkpoints at {path}: it must be on a disk that all machines share",
+        )
+    return path
+
+
+def _check_sight(path: Path) -> None:
+    _see(path)
+    if problem := damage(path, hashes=False):
+        raise UserError(
+            f"{path}: {problem} as this rank sees it; it must be on a disk that all machines share"
+        )
 
 
 class HasSnapshot(Protocol):

@@ -37,6 +37,23 @@ def main_first(work: Callable[[], T]) -> T:
     return result
 
 
+def on_main(work: Callable[[], T]) -> T:
+    """What rank 0, which works alone, returns, on every rank. The work must have no collectives.
+
+    Raises:
+        UserError: on every rank, what it raised.
+    """
+    result: Any = None
+    failure: Exception | None = None
+    if is_main():
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    raise_together(failure)
+    return from_main(result)
+
+
 def raise_together(failure: Exception | None) -> None:
     """Raise on every rank if there is a failure on one; all must call, at the same place.
 

@@ -15,7 +15,7 @@ from graphtune.distributed import is_main
 from graphtune.passes import DataParallel, TensorParallel
 from graphtune.program import Program
 from graphtune.training import checkpoint_files
-from graphtune.training.checkpoint import Checkpointer
+from graphtune.training.checkpoint import Checkpointer, resumed
 from graphtune.training.checkpoint_files import damage, latest, read_checkpoint
 from graphtune.training.ema import EMA
 from graphtune.training.state import TrainState
@@ -175,6 +175,60 @@ def test_without_a_ranks_file_the_checkpoint_before_is_taken(
         file.write_bytes(file.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="cannot be used: state-rank-1.safetensors"):
         assert latest(tmp_path) == tmp_path / "step-00000001"
+
+
+def found_on_ranks(folder: str) -> tuple[list[str], list[str]]:
+    """Files that this rank hashes to go on with what is in a folder, and what it then has, or the
+    error."""
+    hashed = []
+    sha256 = checkpoint_files._sha256
+
+    def counting(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256(path)
+
+    with patch.object(checkpoint_files, "_sha256", counting):
+        try:
+            found = resumed("auto", folder)
+        except gt.UserError as error:
+            return hashed, ["error", str(error)]
+    return hashed, ["found", found.name]
+
+
+def test_rank_0_alone_hashes_and_all_are_told(two: World, tmp_path: Path) -> None:
+    two(save_on_ranks, CASES["full"], str(tmp_path))
+    files = ["state-rank-0.safetensors", "state-rank-1.safetensors"]
+    (first, found), (second, also) = two(found_on_ranks, str(tmp_path))
+    assert sorted(first) == files and second == []
+    assert found == also == ["found", "step-00000002"]
+    file = tmp_path / "step-00000002" / files[1]
+    *most, last = file.read_bytes()
+    file.write_bytes(bytes([*most, last ^ 0xFF]))  # of the right size
+    for _, (kind, message) in two(found_on_ranks, str(tmp_path)):
+        assert kind == "error" and "every checkpoint is damaged" in message
+
+
+def blind_on_rank_1(folder: str) -> str:
+    """The error of ranks of which one does not see the other's file."""
+    look = checkpoint_files._read_description
+
+    def without(path: Path) -> dict:
+        if not is_main():
+            raise FileNotFoundError(2, "No such file or directory")
+        return look(path)
+
+    with patch.object(checkpoint_files, "_read_description", without):
+        try:
+            resumed("auto", folder)
+        except gt.UserError as error:
+            return str(error)
+    return ""
+
+
+def test_a_rank_that_does_not_see_the_checkpoint_stops_all(two: World, tmp_path: Path) -> None:
+    two(save_on_ranks, CASES["full"], str(tmp_path))
+    for message in two(blind_on_rank_1, str(tmp_path)):
+        assert "as this rank sees it" in message and "all machines share" in message
 
 
 def save_beside_stale(case: Case, folder: str) -> float:
