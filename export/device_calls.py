@@ -177,6 +177,8 @@ def load(path: Any, weights: Any | None = None) -> Run:
     Args:
         weights: the `.ptd` file with its weights, if they are not in it.
     """
+    import executorch.kernels.quantized  # noqa: F401  # its operators look up quantized embeddings
+
     if weights is None:
         from executorch.runtime import Runtime
 

@@ -142,6 +142,8 @@ def _keep_last(edit: Edit) -> None:
     head = output_head(edit.graph) or ""
     sites = [site for site in find_sites(edit.graph) if site.kind == "linear"]
     hidden = next((site.input for site in sites if site.name == head), None)
+    while hidden is not None and module_of(hidden)[0] == head:  # quantized for the head
+        hidden = hidden.args[0]
     if hidden is None or any(not module_of(user)[0].startswith(head) for user in hidden.users):
         hidden = edit.graph.output_node().args[0]
     with edit.after(hidden):
