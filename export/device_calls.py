@@ -50,14 +50,15 @@ class WholeText(nn.Module):
 class NewTokens(nn.Module):
     """`forward(tokens (1, n), input_pos (n,)) -> logits (1, 1, vocab)`, of a program with a cache.
 
-    n goes from 1 to `prefill` of the `KVCache`; the positions of a text count up from 0.
+    n goes from 1 to `prefill` of the `KVCache`; the positions of a text count up from 0. Of the
+    same program, `graph` may be another that computes the same.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, graph: nn.Module | None = None) -> None:
         super().__init__()
         options = cache_of(program)
         assert options is not None
-        self.program, self.length = program.graph_module, options.length
+        self.program, self.length = graph or program.graph_module, options.length
         self.most = options.prefill or options.length
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
@@ -177,6 +178,8 @@ def load(path: Any, weights: Any | None = None) -> Run:
     Args:
         weights: the `.ptd` file with its weights, if they are not in it.
     """
+    import executorch.kernels.quantized  # noqa: F401  # its operators look up quantized embeddings
+
     if weights is None:
         from executorch.runtime import Runtime
 

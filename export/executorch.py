@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from graphtune.errors import UserError
 from graphtune.export.artifact import artifact, evaluating
+from graphtune.export.custom_attention import load_custom_ops, with_custom_attention
 from graphtune.export.device_calls import NewTokens, WholeText, check_calls, load, special_ids
 from graphtune.export.device_tokenizer import check_tokenizer, write_tokenizer
 from graphtune.export.executorch_backends import BACKENDS, partitioners
@@ -95,6 +96,7 @@ def to_executorch(
     prefill: int | None = None,
     backend: str = "xnnpack",
     split_weights: bool = False,
+    custom_sdpa: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tolerance: float = 1e-4,
     overwrite: bool = False,
@@ -122,6 +124,8 @@ def to_executorch(
         prefill: tokens that one call takes at most, with a cache; None: 128, or `max_seq_len`.
         backend: what runs it; one of `graphtune.export.executorch_backends.BACKENDS`.
         split_weights: write the weights to `model.ptd`, apart from the program.
+        custom_sdpa: compute attention by the kernels of ExecuTorch's `custom_ops` library, which
+            what runs the file must have too.
         tokenizer: gives the ids of its special tokens and the text of the probe.
         tolerance: largest difference of a logit, where logits reach 10 or less.
         overwrite, run: see `graphtune.export.artifact.artifact`.
@@ -135,6 +139,12 @@ def to_executorch(
     """
     require("executorch")
     given = partitioners(backend)
+    if custom_sdpa and not kv_cache:
+        raise UserError(
+            "`custom_sdpa` is for files with a key-value cache; leave out `kv_cache=False`"
+        )
+    if custom_sdpa:
+        load_custom_ops()
     _check(program, max_seq_len)
     check_tokenizer(tokenizer, _vocab_size(program))
     packages = ("torch", "executorch")
@@ -145,14 +155,19 @@ def to_executorch(
         evaluating(program),
     ):
         call: WholeText | NewTokens
+        lowered_call: WholeText | NewTokens
         if kv_cache:
-            call = NewTokens(_with_cache(program, max_seq_len, prefill))
+            cached = _with_cache(program, max_seq_len, prefill)
+            call = NewTokens(cached)
+            graph = with_custom_attention(cached) if custom_sdpa else None
+            lowered_call = NewTokens(cached, graph)
         else:
-            call = WholeText(program, max_seq_len)
+            call = lowered_call = WholeText(program, max_seq_len)
         file, weights = made.path / MODEL, made.path / WEIGHTS if split_weights else None
         constants = _constants(program, tokenizer, call)
+        constants["use_sdpa_with_kv_cache"] = custom_sdpa
         start = time.perf_counter()
-        lowered = lower(call, file, constants, backend, given, weights)
+        lowered = lower(lowered_call, file, constants, backend, given, weights)
         facts: dict[str, Any] = {"lowering_s": time.perf_counter() - start}
         facts["size_bytes"] = sum(one.stat().st_size for one in made.path.iterdir())
         if BACKENDS[backend].runs_here:
@@ -235,7 +250,6 @@ def _constants(
     return {
         **call.constants(),
         "get_vocab_size": call(*call.inputs(torch.zeros(1, 2, dtype=torch.int64))).shape[-1],
-        "use_sdpa_with_kv_cache": False,
         "enable_dynamic_shape": True,
         **special_ids(sources),
     }

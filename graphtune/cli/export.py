@@ -45,6 +45,13 @@ def export(
     split_weights: Annotated[
         bool, typer.Option("--ptd", help="executorch: weights in a file of their own, model.ptd.")
     ] = False,
+    custom_sdpa: Annotated[
+        bool,
+        typer.Option(
+            "--custom-sdpa",
+            help="executorch: attention by the kernels of its custom_ops library.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export that lies there.")
     ] = False,
@@ -93,6 +100,7 @@ def export(
         elif name == "executorch":
             options |= {"tokenizer": tokenizer, "max_seq_len": max_seq_len, "prefill": prefill}
             options |= {"kv_cache": kv_cache, "backend": backend, "split_weights": split_weights}
+            options |= {"custom_sdpa": custom_sdpa}
             _tell(targets.to_executorch(program, folder, **options))
         else:
             getattr(targets, f"to_{name}")(program, folder, tokenizer=tokenizer, **options)

@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_nothing(report, program, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_integers_decode_as_they_do_in_python(tmp_path):
     base = gt.capture(wide("llama"))
-    rules = ["all-linear", {"sites": "*embed_tokens", "scheme": "int8"}]
+    rules = ["all-linear", "lm_head", {"sites": "*embed_tokens", "scheme": "int8"}]
     integers = base.apply(QAT(targets=rules), Convert()).eval()
     made = to_executorch(integers, tmp_path / "out", max_seq_len=96, prefill=PREFILL)
     assert made.coverage["torchao_quantize_affine_default"][1] == 0

@@ -8,7 +8,7 @@ from torch import nn
 
 import graphtune as gt
 from benchmarks.tiny_models import tiny_model as tiny_architecture
-from graphtune.passes import KVCache, LoRA, Merge, Quantize
+from graphtune.passes import QAT, Convert, KVCache, LoRA, Merge, Quantize
 from graphtune.passes.kv_cache import cache_of, reset
 from tests.oracles.models import FAMILIES, random_ids, tiny_gpt2, tiny_model
 from tests.passes.test_composition import shake
@@ -154,6 +154,18 @@ def test_the_last_logits_alone():
             found = program(ids)
             assert found.shape[1] == 1
             assert_same(found, base(ids)[:, -1:])
+
+
+def test_the_last_logits_of_a_head_in_integers():
+    """Backends know a linear by its quantized input, which therefore is what the head is given."""
+    targets = ["lm_head", "all-linear"]
+    base = captured("llama").apply(QAT(scheme="8da8w", targets=targets), Convert()).eval()
+    ids = random_ids(2, 20)
+    last = base.apply(KVCache(32, batch=2, logits="last")).eval()
+    every = base.apply(KVCache(32, batch=2)).eval()
+    torch.testing.assert_close(read(last, ids, [20]), read(every, ids, [20])[:, -1:])
+    head = next(n for n in reversed(last.graph.nodes) if "linear" in str(n.target))
+    assert "dequantize_affine" in str(head.args[0].target)
 
 
 # -------------------------------------------------------------------------- memory, sharing
