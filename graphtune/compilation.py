@@ -29,6 +29,22 @@ WAYS = (True, False, "auto", "whole", "layers")
 # one layer, and norm, head and loss, take as long as a whole of about three layers.
 _SPARED = 3
 
+# Inductor's own passes for the order in which operators run: exchanges between ranks start before
+# what does not need them, and are waited for where they are needed, in the order it recommends.
+_OVERLAP = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": [
+        "reorder_communication_preserving_peak_memory",
+        "sink_waits_iterative",
+        "reorder_communication_preserving_peak_memory",
+    ],
+}
+
+
+# Round to bfloat16 wherever the graph says so: a compiler that holds scales in float32 throughout
+# trains for other integers than those that are shipped.
+ROUND = {"emulate_precision_casts": True}
+
 
 class Compiled:
     """The loss of a batch, compiled at the first call; see `TrainStep` for batches.
@@ -75,10 +91,12 @@ class Compiled:
         self.varying = {str(node.target): _symbolic_dims(node.meta["val"]) for node in inputs}
         self.how = "whole" if found is None else "layers"
         self.outline = found
+        options = ROUND if any(row.name == "qat" for row in program.ledger) else {}
         if found is None:
-            self._call = _compile(lambda batch: loss_sum(program, batch, loss))
+            options = options | (_OVERLAP if program.distribution is not None else {})
+            self._call = _compile(lambda batch: loss_sum(program, batch, loss), options)
         else:
-            layered, end = _by_layer(program, found, loss)
+            layered, end = _by_layer(program, found, loss, options)
             self._call = lambda batch: loss_sum(layered, batch, end)
 
     def __str__(self) -> str:
@@ -107,17 +125,20 @@ class Compiled:
         return value
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
     # Isolated, since all steps share the code of the functions that are compiled here, and what
     # is compiled of one code counts towards one limit.
     return torch.compile(  # its overloads leave the option out
         function,
         fullgraph=True,
+        options=options,
         isolate_recompiles=True,  # type: ignore[call-overload]
     )
 
 
-def _by_layer(program: Program, found: Outline, loss: Loss) -> tuple[Program, Loss]:
+def _by_layer(
+    program: Program, found: Outline, loss: Loss, options: dict[str, Any]
+) -> tuple[Program, Loss]:
     """A program and a loss to be called one after the other, of compiled layers.
 
     Where the loss is not in the graph, it is compiled together with the graph's end, whose logits
@@ -126,14 +147,14 @@ def _by_layer(program: Program, found: Outline, loss: Loss) -> tuple[Program, Lo
     outer, end = found.graph_module, found.regions[END]
     for name, region in found.regions.items():
         if name != END:
-            outer._modules[name] = _Region(region)
+            outer._modules[name] = _Region(region, options)
     has_loss = "rows" in program.inputs
 
     def loss_of_end(*values: Any) -> Tensor:
         *values_of_end, labels, weights = values
         return loss(end(*values_of_end)[0], labels, weights)
 
-    last = _Region(end) if has_loss else _Region(end, loss_of_end)
+    last = _Region(end, options, None if has_loss else loss_of_end)
 
     def run(*inputs: Tensor) -> Any:
         outer.training = program.training
@@ -147,12 +168,18 @@ class _Region(nn.Module):
     """A region, compiled for inputs whose sizes vary where they are symbols.
 
     Args:
+        options: of inductor.
         function: what is compiled instead, of the region's inputs and others.
     """
 
-    def __init__(self, region: fx.GraphModule, function: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self,
+        region: fx.GraphModule,
+        options: dict[str, Any],
+        function: Callable[..., Any] | None = None,
+    ) -> None:
         super().__init__()
-        self.compiled = _compile(function or region)
+        self.compiled = _compile(function or region, options)
         values = [node.meta.get("val") for node in region.graph.find_nodes(op="placeholder")]
         self.symbolic = [
             (position, dims)

@@ -153,7 +153,8 @@ def test_a_tied_vocabulary_is_divided_once() -> None:
 
 @pytest.mark.slow
 def test_seventy_billion_on_sixty_four_ranks() -> None:
-    words = ["inspect", "llama3_1/70B_lora", "passes.fsdp={}", "--mesh", "dp=32,tp=2", "--json"]
+    words = ["inspect", "llama3_1/70B_lora", "passes.fsdp={}", "--mesh", "dp=32,tp=2"]
+    words += ["model.dtype=bfloat16", "--json"]  # whatever is fast here
     done = subprocess.run([sys.executable, "-m", "graphtune", *words], capture_output=True)
     assert done.returncode == 0, done.stderr
     mesh = json.loads(done.stdout)["mesh"]

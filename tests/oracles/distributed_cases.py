@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -164,6 +165,22 @@ def count_collectives(case: Case) -> list[Counter[str]]:
         names = Counter(event.name for event in profile.events())
         counts.append(Counter({short: names[n] for n, short in _NAMES.items() if names[n]}))
     return counts
+
+
+def order_of_operators(case: Case) -> list[str]:
+    """What the compiled forward and backward pass call, one letter each: `g` starts to gather, `s`
+    to scatter, `w` waits, `m` is a matrix product."""
+    program = distributed(case)
+    step = gt.compile_step(program, _optimizer(program), compile="whole")
+    letters = {"all_gather": "g", "reduce_scatter": "s", "wait_tensor": "w", "extern_kernels": "m"}
+    with fresh_cache():
+        _, (forward, backward) = run_and_get_code(step, batches(1, 1)[0][0])
+    return [
+        "".join(
+            letter for line in code.splitlines() for name, letter in letters.items() if name in line
+        )
+        for code in (forward, backward)
+    ]
 
 
 def load_shards(folder: str, passes: tuple[Pass, ...]) -> dict[str, Any]:

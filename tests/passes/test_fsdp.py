@@ -1,5 +1,6 @@
 """FSDP on two and four processes against one, its collectives counted, and 64 ranks on shapes."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -30,6 +31,7 @@ from tests.oracles.distributed_cases import (
     gradients_of,
     load_checkpoint,
     load_shards,
+    order_of_operators,
     save_checkpoint,
     train,
     train_all,
@@ -116,6 +118,12 @@ def test_a_compiled_step_is_that_of_one_process(two: World) -> None:
     forward, backward = two(count_collectives, Case(compile=True))[0]
     assert forward == Counter(gather=4)
     assert backward == Counter(gather=3, scatter=4)
+
+
+@pytest.mark.slow  # a compiler on each rank
+def test_a_compiled_step_computes_while_it_gathers(two: World) -> None:
+    for order in two(order_of_operators, Case())[0]:
+        assert re.search("g[^w]*m[^w]*w", order), order
 
 
 # Two layers, the embedding before them, and norm and head after. The embedding's weight is not

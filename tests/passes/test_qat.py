@@ -20,6 +20,7 @@ from torchao.quantization.qat.embedding import FakeQuantizedEmbedding
 from torchao.quantization.quant_primitives import _fake_quantize_affine
 
 import graphtune as gt
+from graphtune.compilation import ROUND
 from graphtune.errors import UserError
 from graphtune.fake_quantization import (
     fake_quantize_tensor,
@@ -333,9 +334,23 @@ def test_checkpointed_layers_give_the_same_gradients(lora):
         assert torch.equal(one, other)
 
 
+def test_compiled_code_rounds_scales_as_the_graph_does():
+    weight = torch.randn(64, 64, requires_grad=True)
+
+    def rounded(weight):
+        return fake_quantize_weight(weight, -1, 32, 4, True)
+
+    found, expected = torch.compile(rounded, options=ROUND)(weight), rounded(weight)
+    assert torch.equal(found, expected)
+    up = torch.randn(64, 64)
+    (mine,), (theirs,) = (torch.autograd.grad(one, weight, up) for one in (found, expected))
+    assert torch.equal(mine, theirs)
+
+
 @pytest.mark.slow
-def test_compiled_step():
-    program = captured("llama")[1].apply(QAT(scale_dtype="weight", group_size=16))
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "weight"])
+def test_compiled_step(scale_dtype):
+    program = captured("llama")[1].apply(QAT(scale_dtype=scale_dtype, group_size=16))
     step = gt.compile_step(program, torch.optim.SGD(program.trainable_parameters(), lr=0.1))
     assert step.check(BATCH) < 1e-4
     before = step(BATCH)["loss"]
