@@ -31,7 +31,7 @@ _SPARED = 3
 
 # Inductor's own passes for the order in which operators run: exchanges between ranks start before
 # what does not need them, and are waited for where they are needed, in the order it recommends.
-_OVERLAP = {
+_OVERLAP: dict[str, Any] = {
     "reorder_for_compute_comm_overlap": True,
     "reorder_for_compute_comm_overlap_passes": [
         "reorder_communication_preserving_peak_memory",
@@ -43,7 +43,7 @@ _OVERLAP = {
 
 # Round to bfloat16 wherever the graph says so: a compiler that holds scales in float32 throughout
 # trains for other integers than those that are shipped.
-ROUND = {"emulate_precision_casts": True}
+ROUND: dict[str, Any] = {"emulate_precision_casts": True}
 
 
 class Compiled:

@@ -347,6 +347,20 @@ def test_compiled_code_rounds_scales_as_the_graph_does():
     assert torch.equal(mine, theirs)
 
 
+def test_gradients_are_checked_as_a_whole_where_inputs_are_rounded(monkeypatch):
+    program = captured("llama")[1].apply(QAT(group_size=16))
+    optimizer = torch.optim.SGD(program.trainable_parameters(), lr=0.1)
+    step = gt.compile_step(program, optimizer, compile=False)
+    before = {name: tensor.clone() for name, tensor in program.state_dict().items()}
+    assert step.check(BATCH) == 0
+    assert_same_tensors(program.state_dict(), before)
+    right = step.loss_sum
+    # The same loss, and a gradient half again as long.
+    monkeypatch.setattr(step, "loss_sum", lambda b: right(b) * 1.5 - right(b).detach() / 2)
+    with pytest.raises(RuntimeError, match="all parameters together"):
+        step.check(BATCH)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scale_dtype", ["bfloat16", "weight"])
 def test_compiled_step(scale_dtype):
