@@ -255,7 +255,8 @@ class TrainStep:
 def _apart(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """Relative difference of two gradients as wholes, in the 2-norm."""
     differences = (float((e - f).norm()) for e, f in zip(expected, found, strict=True))
-    return math.hypot(*differences) / math.hypot(*(float(e.norm()) for e in expected))
+    length = math.hypot(*(float(e.norm()) for e in expected))  # of a rank's part, perhaps 0
+    return math.hypot(*differences) / max(length, sys.float_info.min)
 
 
 @contextmanager

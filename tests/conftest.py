@@ -62,3 +62,14 @@ def ctrl_c() -> Iterator[None]:
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, former)
+
+
+@pytest.fixture
+def not_lowered() -> Iterator[None]:
+    """Traced and partitioned as by inductor, but run operator by operator: quick to compile."""
+    import torch
+
+    torch._dynamo.reset()
+    torch.compiler.set_default_backend("aot_eager_decomp_partition")
+    yield
+    torch.compiler.set_default_backend(None)

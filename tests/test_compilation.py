@@ -15,15 +15,6 @@ from tests.oracles.models import VOCAB, random_ids, tiny_gpt2, tiny_model
 from tests.oracles.saved import saved_tensors
 
 
-@pytest.fixture
-def not_lowered():
-    """Traced and partitioned as by inductor, but run operator by operator: quick to compile."""
-    torch._dynamo.reset()
-    torch.compiler.set_default_backend("aot_eager_decomp_partition")
-    yield
-    torch.compiler.set_default_backend(None)
-
-
 def llama(layers):
     torch.manual_seed(0)
     config = LlamaConfig(

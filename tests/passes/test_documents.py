@@ -150,15 +150,6 @@ def test_each_text_is_attended_to_once_and_once_more_where_it_is_recomputed(mode
     assert_close(found, loss_and_gradients(plain, masked(batch)))
 
 
-@pytest.fixture
-def not_lowered():
-    """Traced and partitioned as by inductor, but run operator by operator: quick to compile."""
-    torch._dynamo.reset()
-    torch.compiler.set_default_backend("aot_eager_decomp_partition")
-    yield
-    torch.compiler.set_default_backend(None)
-
-
 @pytest.mark.parametrize(
     ("how", "mode"),
     [
