@@ -24,6 +24,8 @@ from graphtune.sites import module_of
 from graphtune.torch_private import is_fake, size_at, size_symbol
 
 aten = torch.ops.aten
+# What an adapter does to its input, until its second half.
+_FIRST_HALF = (aten.to.dtype, aten.dropout.default, aten.linear.default)
 # What shapes are compared at: primes that are no size of a model, so that products are equal only
 # where the dimensions are.
 _ROWS, _TOKENS = 7919, 104729
@@ -279,9 +281,10 @@ class Spread:
         """Whether what a node is computed from is rather what goes into the ranks' work.
 
         So it is with what is computed from weights alone, and with the first half of an adapter,
-        whose weight's gradient is smaller than that of its result.
+        whose weight's gradient is smaller than that of its result; and with the cast and the
+        dropout before it, which read what other linears read.
         """
-        adapts = "adapter" in node.meta.get("custom", {}) and node.target is aten.linear.default
+        adapts = "adapter" in node.meta.get("custom", {}) and node.target in _FIRST_HALF
         return node.op == "call_function" and (adapts or node in self._constants)
 
     def entered_weights(self) -> list[str]:

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
+from graphtune import exchange
 from graphtune.distributed import group_name
 from graphtune.errors import UserError
 from graphtune.gradients import with_gradients
@@ -21,6 +22,7 @@ from graphtune.losses import (
     ROW_INPUTS,
     ContextParallelCrossEntropy,
     Loss,
+    VocabParallelCrossEntropy,
     cross_entropy,
     token_cross_entropy,
     token_cross_entropy_slope,
@@ -88,9 +90,6 @@ class FusedLoss(Pass):
 
     def __call__(self, program: Program) -> Program:
         """Apply the pass; the loss is checked against that of the program's logits."""
-        divided = (row.options for row in program.ledger if row.name == "tensor_parallel")
-        if any(dict(options)["vocab_parallel"] for options in divided):
-            raise UserError(DIVIDED_VOCABULARY)
         if self.output == "log_probs" and _divides_tokens(program):
             raise UserError(
                 f"`{KEY}.output=log_probs` is of whole rows, whose tokens "
@@ -100,18 +99,26 @@ class FusedLoss(Pass):
         if after.deferred is None:
             ids = probe_ids(program)
             logits = eval_output(program, ids)
-            options = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
-            loss: Loss = partial(cross_entropy, **options)  # type: ignore[arg-type]
-            if _divides_tokens(program):
-                group = group_name(program.distribution.mesh, "cp")  # type: ignore[union-attr]
-                loss = ContextParallelCrossEntropy(group, **options)
-            expected = loss(logits, ids, None)
+            expected = self._loss(program)(logits, ids, None)
             sign = 1 if self.output == "loss" else -1
             check_close(expected * sign, eval_output(after, ids).sum(), self.name, self.numerics)
         return after
 
+    def _loss(self, program: Program) -> Loss:
+        """The loss of the logits that a program returns."""
+        options = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
+        if _divides_tokens(program):
+            return ContextParallelCrossEntropy(_group(program, "cp"), **options)
+        if _returns_part_of_logits(program):
+            return VocabParallelCrossEntropy(_group(program, "tp"), **options)
+        return partial(cross_entropy, **options)  # type: ignore[arg-type]
+
     def rewrite(self, edit: Edit) -> Iterable[Site]:
         head = _Head(edit)
+        divided = None
+        if head.divided:
+            group = _group(edit.program, "tp")
+            divided = VocabParallelCrossEntropy(group, self.label_smoothing, self.z_loss)
         added = self._add_inputs(edit)
         again = self.backward and self.output == "log_probs" and bool(head.trained)
         joined = self.backward and not again
@@ -125,7 +132,7 @@ class FusedLoss(Pass):
                 for i in range(self.chunks)
             ]
             example = [node.meta["val"] for node in (*chunks[0], *head.sources)]
-            body = trace(lambda *tensors: self._chunk(head, joined, *tensors), example)
+            body = trace(lambda *tensors: self._chunk(head, divided, joined, *tensors), example)
             results = []
             for index, chunk in enumerate(chunks):
                 results.append(edit.paste(body, [*chunk, *head.sources]))
@@ -155,6 +162,7 @@ class FusedLoss(Pass):
     def _chunk(
         self,
         head: _Head,
+        divided: VocabParallelCrossEntropy | None,
         joined: bool,
         hidden: Tensor,
         targets: Tensor,
@@ -164,6 +172,7 @@ class FusedLoss(Pass):
         """What is traced: value of a chunk, and where `joined`, its gradients.
 
         Args:
+            divided: of logits of which this rank has a part.
             hidden: (n, width).
             targets: int64 (n,).
             weights: float32 (n,).
@@ -181,25 +190,37 @@ class FusedLoss(Pass):
             logits = head.run(hidden, sources)
         options = self.label_smoothing, self.z_loss
         sign = 1 if self.output == "loss" else -1
-        values = token_cross_entropy(logits.detach() if joined else logits, targets, *options)
+        given = logits.detach() if joined else logits
+        if divided is None:
+            values = token_cross_entropy(given, targets, *options)
+        else:
+            values, denominators = divided.of_tokens(given, targets)
         value = values * weights * sign
         if self.output == "loss":
             value = value.sum()
         if not joined:
             return (value,)
-        slope = token_cross_entropy_slope(logits.detach(), targets, weights * sign, *options)
+        if divided is None:
+            slope = token_cross_entropy_slope(given, targets, weights * sign, *options)
+        else:
+            slope = divided.slope(given, targets, weights * sign, denominators)
         return value, *torch.autograd.grad(logits, leaves, slope)
-
-
-DIVIDED_VOCABULARY = (
-    f"`{KEY}` needs the whole vocabulary, which `passes.tensor_parallel` divides; set "
-    f"`passes.tensor_parallel.vocab_parallel=false`, or leave the other out, `~{KEY}`"
-)
 
 
 def _divides_tokens(program: Program) -> bool:
     """Whether a rank has the logits of some tokens."""
     return any(row.name == "context_parallel" for row in program.ledger)
+
+
+def _returns_part_of_logits(program: Program) -> bool:
+    """Whether a rank has the logits of some tokens of the vocabulary."""
+    rows = (dict(row.options) for row in program.ledger if row.name == "tensor_parallel")
+    return any(not options["gather_logits"] for options in rows)
+
+
+def _group(program: Program, axis: str) -> str:
+    assert program.distribution is not None
+    return group_name(program.distribution.mesh, axis)
 
 
 def _sum(edit: Edit, nodes: Sequence[fx.Node]) -> fx.Node:
@@ -222,6 +243,7 @@ class _Head:
         nodes: what computes the logits from it, in order.
         sources: what those read besides: weights, and what is computed from weights alone.
         trained: those of them that get a gradient.
+        divided: whether a rank computes the logits of its part of the vocabulary alone.
     """
 
     def __init__(self, edit: Edit) -> None:
@@ -232,6 +254,10 @@ class _Head:
         self.site = sites[-1]
         self.hidden = self.site.input
         self.result = edit.graph.output_node().args[0]
+        gathers = self.result.target is exchange.all_gather and self.result.args[1] == 2
+        self.divided = gathers or _returns_part_of_logits(edit.program)
+        if gathers:  # three numbers of a token are exchanged instead of its logits
+            self.result = self.result.args[0]
         after: set[fx.Node] = {self.hidden}
         for node in edit.graph.nodes:
             if node.op == "call_function" and not after.isdisjoint(node.all_input_nodes):

@@ -38,7 +38,6 @@ from graphtune.losses import (
 )
 from graphtune.models import load_tokenizer
 from graphtune.passes import ContextParallel, FusedLoss, Pass, Stage, TensorParallel
-from graphtune.passes.fused_loss import DIVIDED_VOCABULARY
 from graphtune.program import Program
 from graphtune.recipes import check_length, empty_model, make_passes, origin
 from graphtune.recipes.reading import Data, read_sets
@@ -238,9 +237,6 @@ def check_spread(cfg: SFTConfig, passes: list[Pass]) -> None:
         raise UserError(
             "`samples` need the whole model on a rank; set it to null, or take data_parallel"
         )
-    divides = any(isinstance(one, TensorParallel) and one.vocab_parallel for one in passes)
-    if divides and "fused_loss" in names:
-        raise UserError(DIVIDED_VOCABULARY)
 
 
 def loss_of(cfg: SFTConfig, passes: list[Pass], *, plain: bool = False) -> Loss:
@@ -254,11 +250,7 @@ def loss_of(cfg: SFTConfig, passes: list[Pass], *, plain: bool = False) -> Loss:
         if isinstance(one, ContextParallel):
             return ContextParallelCrossEntropy(label_smoothing=smoothing, z_loss=z_loss)
         if isinstance(one, TensorParallel) and not one.gather_logits:
-            if smoothing:
-                raise UserError(
-                    "`label_smoothing` needs all logits: set `passes.tensor_parallel.gather_logits`"
-                )
-            return VocabParallelCrossEntropy(z_loss=z_loss)
+            return VocabParallelCrossEntropy(label_smoothing=smoothing, z_loss=z_loss)
     return functools.partial(cross_entropy, label_smoothing=smoothing, z_loss=z_loss)
 
 

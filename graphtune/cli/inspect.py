@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -136,9 +136,10 @@ def _plan(whole: Program, settings: SFTConfig, sizes: dict[str, int]) -> Plan:
     from graphtune.recipes import make_passes
     from graphtune.recipes.job import check_spread, loss_of
 
-    whole_vocabulary = {"vocab_parallel": False} if "fused_loss" in settings.passes else None
-    wanted = {"tp": ("tensor_parallel", whole_vocabulary), "cp": ("context_parallel", None)}
-    options = {name: given for axis, (name, given) in wanted.items() if sizes.get(axis, 1) > 1}
+    wanted = {"tp": "tensor_parallel", "cp": "context_parallel"}
+    options: dict[str, Any] = {
+        name: None for axis, name in wanted.items() if sizes.get(axis, 1) > 1
+    }
     options |= settings.passes
     with pretended(sizes) as pretended_mesh:
         passes = make_passes(options)

@@ -241,15 +241,25 @@ class _Theory:
             self._add("backward", "tp", "all-gather", amount)
 
     def _logits(self, options: dict[str, Any], ranks: int) -> None:
+        """Logits of all ranks; or, for a loss of each rank's own, three numbers of each token."""
         logits = self.edit.graph.output_node().args[0]
-        *_, vocabulary = (size_at(one, self.symbols) for one in logits.meta["val"].shape)
-        tokens = self._bytes(logits) // vocabulary  # bytes of one logit for each
-        if options["gather_logits"]:
+        batch, tokens, vocabulary = (size_at(one, self.symbols) for one in logits.meta["val"].shape)
+        if "fused_loss" in self.options:
+            chunks, rows = self.options["fused_loss"]["chunks"], batch * tokens
+            smooth = bool(self.options["fused_loss"]["label_smoothing"])
+            for _ in range(chunks):
+                self._loss(max(2, math.ceil(rows / chunks)), smooth=smooth)
+        elif options["gather_logits"]:
             padded = math.ceil(vocabulary / ranks) * ranks
-            self._add("forward", "tp", "all-gather", tokens * padded)
-            return
-        for _ in range(3):  # the largest, the sum, the label's
-            self._add("forward", "tp", "all-reduce", tokens // logits.meta["val"].itemsize * 4)
+            amount = batch * tokens * padded * logits.meta["val"].itemsize
+            self._add("forward", "tp", "all-gather", amount)
+        else:
+            self._loss(batch * tokens, smooth=False)
+
+    def _loss(self, tokens: int, *, smooth: bool) -> None:
+        self._add("forward", "tp", "all-reduce", tokens * 4)  # the largest
+        # The sum of exponentials and the label's logit, and the sum of all.
+        self._add("forward", "tp", "all-reduce", tokens * 4 * (3 if smooth else 2))
 
     def _context_parallel(self) -> None:
         """Keys and values of all tokens, and their gradients back."""

@@ -41,13 +41,15 @@ class VocabParallelCrossEntropy(_OverRanks):
 
     Three numbers are exchanged for each token instead of all its logits (Shoeybi et al.,
     Megatron-LM, arXiv:1909.08053, section 3): the largest, the sum of exponentials, and the
-    logit of the label. For a program of `TensorParallel(gather_logits=False)`.
+    logit of the label; for `label_smoothing` also the sum of all. For a program of
+    `TensorParallel(gather_logits=False)`.
 
     Attributes:
         group: name of the process group of the ranks; None: the axis `tp` of the run's mesh.
-        z_loss: as for `cross_entropy`.
+        label_smoothing, z_loss: as for `cross_entropy`.
     """
 
+    label_smoothing: float = 0.0
     z_loss: float = 0.0
     axis: ClassVar[str] = "tp"
 
@@ -59,21 +61,59 @@ class VocabParallelCrossEntropy(_OverRanks):
             labels: int64 (batch, seq), unshifted, of the whole vocabulary.
             weights: float32 (batch, seq), or None.
         """
-        group = self.group
-        local = logits.float()
-        largest = exchange.maximum(local.detach().amax(-1), group)
-        total = (local - largest.unsqueeze(-1)).exp().sum(-1)
-        log_total = exchange.all_reduce(total, group).log() + largest
-        targets = shift_labels(labels)
-        own = targets - self.rank * local.shape[-1]
-        inside = (own >= 0) & (own < local.shape[-1])
-        found = local.gather(-1, own.where(inside, 0).unsqueeze(-1)).squeeze(-1)
-        of_label = exchange.all_reduce(found.where(inside, 0), group)
-        loss = log_total - of_label
-        if self.z_loss != 0:
-            loss = loss + self.z_loss * log_total.square()
+        targets = shift_labels(labels).flatten()
+        loss, _ = self.of_tokens(logits.flatten(0, 1), targets)
         loss = loss.where(targets != IGNORE_INDEX, 0)
-        return loss.sum() if weights is None else (loss * shift_weights(weights)).sum()
+        return loss.sum() if weights is None else (loss * shift_weights(weights).flatten()).sum()
+
+    def of_tokens(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """`token_cross_entropy`, and the logs of the softmax's denominators, both float32 (n,).
+
+        Args:
+            logits: (n, vocab / ranks), any float dtype.
+            targets: int64 (n,), of the whole vocabulary.
+        """
+        local = logits.float()
+        largest = exchange.maximum(local.detach().amax(-1), self.group)
+        own, inside = self._own(targets, local.shape[-1])
+        aimed = local.gather(-1, own.unsqueeze(-1)).squeeze(-1).where(inside, 0)
+        sums = [(local - largest.unsqueeze(-1)).exp().sum(-1), aimed]
+        if self.label_smoothing:
+            sums.append(local.sum(-1))
+        total, aimed, *rest = exchange.all_reduce(torch.stack(sums), self.group).unbind()
+        if rest:
+            mean = rest[0] / (local.shape[-1] * self.ranks)
+            aimed = (1 - self.label_smoothing) * aimed + self.label_smoothing * mean
+        log_denominator = total.log() + largest
+        loss = log_denominator - aimed
+        if self.z_loss:
+            loss = loss + self.z_loss * log_denominator.square()
+        return loss, log_denominator
+
+    def slope(
+        self, logits: Tensor, targets: Tensor, weights: Tensor, log_denominator: Tensor
+    ) -> Tensor:
+        """Gradient of `(loss * weights).sum()` with respect to this rank's logits, as they are.
+
+        Args:
+            logits, targets: as of `of_tokens`.
+            weights: float32 (n,).
+            log_denominator: what `of_tokens` returned.
+        """
+        vocab = logits.shape[-1]
+        scale = weights * (1 + 2 * self.z_loss * log_denominator) if self.z_loss else weights
+        slope = (logits.float() - log_denominator[:, None]).exp_().mul_(scale[:, None])
+        if self.label_smoothing:
+            slope.sub_(weights[:, None] * (self.label_smoothing / (vocab * self.ranks)))
+        own, inside = self._own(targets, vocab)
+        aimed = (weights * (self.label_smoothing - 1)).where(inside, 0)
+        return slope.scatter_add_(1, own[:, None], aimed[:, None]).to(logits.dtype)
+
+    def _own(self, targets: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+        """Targets counted from this rank's first token, 0 for another's, and which are its own."""
+        own = targets - self.rank * vocab
+        inside = (own >= 0) & (own < vocab)
+        return own.where(inside, 0), inside
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from graphtune.passes import (
     ContextParallel,
     DataParallel,
     Full,
+    FusedLoss,
     LoRA,
     Quantize,
     TensorParallel,
@@ -46,6 +47,7 @@ MAKE = {
     "sp": functools.partial(TensorParallel, sequence_parallel=True),
     "cp": ContextParallel,
     "checkpoint": functools.partial(ActivationCheckpoint, "full"),
+    "fused": functools.partial(FusedLoss, 3),
 }
 BATCH, SEQ, RANKS = 2, 11, 2
 
@@ -82,8 +84,9 @@ CASES = [
     ({"cp": 2}, ("cp", "dp")),
     ({"tp": 2, "dp_shard": 2}, ("tp", "fsdp")),
     ({"tp": 2, "cp": 2, "dp_shard": 2}, ("tp", "cp", "fsdp", "checkpoint")),
+    ({"tp": 2, "dp_shard": 2}, ("sp", "fsdp", "fused")),
 ]
-FAST = [("qlora", CASES[1]), ("lora", CASES[6])]
+FAST = [("qlora", CASES[1]), ("lora", CASES[6]), ("full", CASES[10])]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +106,14 @@ def test_counted_as_theory_says(adapt: str, case: tuple) -> None:
     mesh, names = case
     counted, theory = both(adapt, mesh, *names)
     assert counted and counted == theory
+
+
+def test_adapters_that_cast_and_drop_their_input_send_no_more() -> None:
+    model = _model("wide").to("meta", torch.bfloat16)
+    program = gt.capture(model).apply(LoRA(rank=4, dropout=0.1))  # float32
+    with pretended({"tp": 2}):
+        split = program.apply(TensorParallel())
+        assert traffic(split, BATCH, SEQ) == expected(program, split, BATCH, SEQ)
 
 
 def test_by_closed_forms() -> None:

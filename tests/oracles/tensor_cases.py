@@ -261,23 +261,34 @@ def compiled(case: Case) -> float:
     return step.check({"input_ids": ids, "labels": ids})
 
 
-def fused(axis: str) -> dict[str, float]:
-    """How far steps with FusedLoss on some tokens of packed rows are from one process's."""
+def fused(axis: str, **tensor: bool) -> dict[str, float]:
+    """How far steps with FusedLoss on some tokens of packed rows are from one process's.
+
+    Args:
+        axis: tp or cp.
+        tensor: options of TensorParallel.
+    """
     mesh = make_mesh("cpu", dp_shard=1, **{axis: dist.get_world_size()})
     divide: list[Pass] = [ContextParallel(mesh=mesh), DataParallel(mesh=mesh)]
     if axis == "tp":
-        divide = [TensorParallel(mesh=mesh, vocab_parallel=False)]
+        divide = [TensorParallel(mesh=mesh, **tensor)]
     worst: dict[str, float] = {}
-    for name, more in (("full", ()), ("lora", (LoRA(rank=4),))):
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3}
+    # Under sequence parallel an adapter of the head reads other tokens than the head does.
+    head = () if tensor.get("sequence_parallel") else ("lm_head",)
+    adapters = LoRA(rank=4, targets=("all-linear", *head))
+    for name, more in (("full", ()), ("lora", (adapters,))):
         torch.manual_seed(1)
         alone = copy.deepcopy(captured("llama")).apply(*more)
         split = alone.apply(*divide)
         programs = (
             copy.deepcopy(alone),
-            split.apply(FusedLoss(chunks=2, label_smoothing=0.1), CausalAttention()),
+            split.apply(FusedLoss(chunks=2, **options), CausalAttention()),
         )
         assert programs[1].takes_documents == (axis == "tp")
-        loss = functools.partial(cross_entropy, label_smoothing=0.1)
+        if axis == "tp" and not tensor.get("sequence_parallel"):
+            assert "all_gather" not in operators(programs[1])  # no logits of other ranks
+        loss = functools.partial(cross_entropy, **options)
         steps = [
             gt.compile_step(
                 one,

@@ -1,6 +1,7 @@
 """TensorParallel beside the same training in one process, on gloo; shapes in a world that is not
 there."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import graphtune as gt
 from graphtune.distributed import make_mesh
 from graphtune.errors import UserError
 from graphtune.models.empty import empty_model
-from graphtune.passes import FusedLoss, LoRA, Quantize, TensorParallel
+from graphtune.passes import LoRA, Quantize, TensorParallel
 from tests.oracles.models import tiny_gpt2, tiny_model
 from tests.oracles.ranks import World
 from tests.oracles.tensor_cases import Case, compare_all, compiled, fused
@@ -82,8 +83,9 @@ def _check(results: list[Any]) -> None:
         assert isinstance(found, dict), f"rank {rank}: {found}"
         assert found["greedy"] == 0
         assert found["logits"] < 1e-5, found
-        for key in ("losses", "gradients", "parameters"):
-            assert found[key] < (1e-6 if key != "gradients" else 5e-6), (rank, key, found)
+        # Adam's first steps are as long for a small gradient, and its rounding, as for a large one.
+        for key, limit in (("losses", 1e-6), ("gradients", 5e-6), ("parameters", 2e-6)):
+            assert found[key] < limit, (rank, key, found)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -122,12 +124,14 @@ def test_compiles(case: Case) -> None:
         world.stop()
 
 
-def test_a_fused_loss_needs_but_the_whole_vocabulary(ranks: World, eight: Any) -> None:
-    for found in ranks(fused, "tp"):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"vocab_parallel": False}, {"gather_logits": False, "sequence_parallel": True}],
+    ids=["vocabulary", "whole vocabulary", "sequence"],
+)
+def test_a_fused_loss_of_part_of_the_logits(options: dict[str, bool], ranks: World) -> None:
+    for found in ranks(functools.partial(fused, "tp", **options)):
         assert max(found.values()) < 1e-6, found
-    split = gt.capture(tiny_model("llama")).apply(TensorParallel(mesh=eight(tp=2, dp_shard=4)))
-    with pytest.raises(UserError, match="vocab_parallel=false"):
-        split.apply(FusedLoss())
 
 
 def test_exchanges_are_megatrons(two: dict[str, list[Any]]) -> None:

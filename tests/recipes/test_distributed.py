@@ -80,7 +80,7 @@ def test_two_ranks_are_one_process(steady, tmp_path, trains):
 @pytest.mark.parametrize(
     "passes",
     [
-        {"tensor_parallel": {"vocab_parallel": False}},
+        {"tensor_parallel": {}},
         {"context_parallel": {}},
     ],
 )
