@@ -8,12 +8,21 @@ quarter of them, at random); AdamW as the recipe and as transformers' Trainer ca
 checkpoints activations; `packed` has several texts in a row, of 16 tokens and more (log-normal, the
 median 200), the last one cut off; all others have one text a row. The contenders take turns, each
 in a process of its own. `floor` are the matrix products alone, with their outputs allocated: 4 FLOP
-for each frozen weight and token, 6 for each that trains; no step can be faster. Prints the median
+for each frozen weight and token, 6 for each that trains, by the library that graphtune takes here
+(`floor-torch`: by the one that torch takes); no step can be faster. Prints the median
 step, tokens/s, the ratio to PEFT eager, what the start took with imports, model, compilation and
 first step, and the peak memory.
+
+torchtune runs only where `TORCHTUNE` names a folder with it: it imports a module that torchao 0.18
+has not, and so needs a torchao of its own.
+
+    pip install --no-deps --target peers torchtune==0.6.1 torchao==0.11.0 torchdata==0.11.0
+    TORCHTUNE=peers python benchmarks/training_step.py --only lora-torchtune lora-peft
 """
 
 import math
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,23 +38,29 @@ CONTENDERS = (
     "lora-peft",
     "lora-peft-compiled",
     "lora-floor",
+    "lora-floor-torch",
     "full-graphtune",
     "full-transformers",
     "full-transformers-compiled",
     "full-floor",
     "qlora-graphtune",
+    *(("lora-torchtune", "lora-torchtune-compiled") if "TORCHTUNE" in os.environ else ()),
 )
 
 
 def make_step(contender: str, batch: dict) -> Callable[[], float]:
+    technique, who, *how = contender.split("-")
+    if who == "torchtune":
+        sys.path.insert(0, os.environ["TORCHTUNE"])
     import graphtune as gt
 
-    technique, who, *how = contender.split("-")
     model = gt.load_model(MODEL)
     if who == "floor":
-        return _floor(model, batch, trains=technique == "full")
+        return _floor(model, batch, trains=technique == "full", torchs=bool(how))
     if who == "graphtune":
         return _ours(model, batch, technique, *how)
+    if who == "torchtune":
+        return _torchtune(model, batch, compile=bool(how))
     return _theirs(model, batch, technique, compile=bool(how))
 
 
@@ -113,9 +128,63 @@ def _theirs(model: Any, batch: dict, technique: str, *, compile: bool) -> Callab
     return step
 
 
-def _floor(model: Any, batch: dict, *, trains: bool) -> Callable[[], float]:
+def _torchtune(model: Any, batch: dict, *, compile: bool) -> Callable[[], float]:
+    """As its recipe lora_finetune_single_device sets up a Llama 3 model."""
+    import torch
+    from torchtune.models.convert_weights import hf_to_tune
+    from torchtune.models.llama3._component_builders import lora_llama3
+    from torchtune.modules.loss import CEWithChunkedOutputLoss
+    from torchtune.modules.peft import get_adapter_params, set_trainable_params
+    from torchtune.training import compile_model
+
+    of = model.config
+    heads, key_heads = of.num_attention_heads, of.num_key_value_heads
+    made = lora_llama3(
+        ["q_proj", "k_proj", "v_proj", "output_proj"],
+        apply_lora_to_mlp=True,
+        vocab_size=of.vocab_size,
+        num_layers=of.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=key_heads,
+        embed_dim=of.hidden_size,
+        max_seq_len=batch["input_ids"].shape[1],
+        intermediate_dim=of.intermediate_size,
+        norm_eps=of.rms_norm_eps,
+        rope_base=of.rope_parameters["rope_theta"],
+        lora_rank=8,
+        lora_alpha=16,
+    )
+    weights = hf_to_tune(model.state_dict(), heads, key_heads, of.hidden_size)
+    made.load_state_dict(weights, strict=False)  # the adapter begins as it is
+    made.output.weight = made.tok_embeddings.weight
+    del model, weights
+    set_trainable_params(made, get_adapter_params(made))
+    loss_of = CEWithChunkedOutputLoss()
+    made.set_num_output_chunks(loss_of.num_output_chunks)
+    if compile:
+        compile_model(made)
+    parameters = [p for p in made.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-4, fused=True)
+    ids = batch["input_ids"]
+    labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=loss_of.ignore_index)
+
+    def step() -> float:
+        loss = loss_of(made(ids), labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def _floor(model: Any, batch: dict, *, trains: bool, torchs: bool) -> Callable[[], float]:
     import torch
 
+    from graphtune.cpu_matmul import mm, prefers_onednn
+
+    product = mm if prefers_onednn() and not torchs else torch.mm
     weights = [m.weight.detach() for m in model.modules() if isinstance(m, torch.nn.Linear)]
     tokens = batch["input_ids"].numel()
     inputs = {w.shape[1]: torch.randn(tokens, w.shape[1]) for w in weights}
@@ -125,10 +194,10 @@ def _floor(model: Any, batch: dict, *, trains: bool) -> Callable[[], float]:
     def step() -> float:
         for weight in weights:
             out, into = weight.shape
-            torch.mm(inputs[into], weight.t())
-            torch.mm(slopes[out], weight)
+            product(inputs[into], weight.t())
+            product(slopes[out], weight)
             if trains:
-                torch.mm(slopes[out].t(), inputs[into])
+                product(slopes[out].t(), inputs[into])
         return 0.0
 
     return step

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from graphtune.export.artifact import Artifact
-from graphtune.export.xnnpack import quantizes_inputs
+from graphtune.fake_quantization import rounds_inputs
 from graphtune.passes.kv_cache import cache_of, reset
 from graphtune.program import Program
+from graphtune.verify import nudged
 
 Run = Callable[..., Tensor]
 _STEPS = 64  # tokens that are decoded to compare
-# Of the largest logit: a rounding may take a quantized input to the next integer.
+# Of the largest logit, at least: a rounding may take a quantized input to the next integer.
 _ROUNDING = 0.1
 
 
@@ -103,12 +104,16 @@ def check_calls(
     Raises:
         RuntimeError: a logit differs by more.
     """
-    share = _ROUNDING if quantizes_inputs(program) else 0.0
-    found, expected, text, measured = [], [], probe, {}
-    for length in sorted({1, min(16, probe.shape[1]), probe.shape[1]}):
-        inputs = call.inputs(probe[:, :length])
-        found.append(run(*inputs).flatten(0, 1))
-        expected.append(call(*inputs).flatten(0, 1))
+    text, measured = probe, {}
+    prompts = [probe[:, :n] for n in sorted({1, min(16, probe.shape[1]), probe.shape[1]})]
+    found = [run(*call.inputs(prompt)).flatten(0, 1) for prompt in prompts]
+    expected = [call(*call.inputs(prompt)).flatten(0, 1) for prompt in prompts]
+    share = 0.0
+    if isinstance(program, Program) and rounds_inputs(program.graph):
+        with nudged(program):
+            moved = [call(*call.inputs(prompt)).flatten(0, 1) for prompt in prompts]
+        difference, largest = _difference(torch.cat(moved), torch.cat(expected))
+        share = max(_ROUNDING, 2 * difference / largest)
     start = time.perf_counter()
     run(*call.inputs(probe))
     measured["prefill_tokens_per_s"] = probe.shape[1] / (time.perf_counter() - start)
@@ -172,22 +177,22 @@ def _difference(found: Tensor, expected: Tensor) -> tuple[float, float]:
     return (found - expected).abs().max().item(), expected.abs().max().item()
 
 
-def load(path: Any, weights: Any | None = None) -> Run:
+def load(path: Any, data: Any | None = None) -> Run:
     """The method `forward` of a `.pte` file, in ExecuTorch's Python runtime.
 
     Args:
-        weights: the `.ptd` file with its weights, if they are not in it.
+        data: the `.ptd` file with those of its weights that are not in it.
     """
     import executorch.kernels.quantized  # noqa: F401  # its operators look up quantized embeddings
 
-    if weights is None:
+    if data is None:
         from executorch.runtime import Runtime
 
         method = Runtime.get().load_program(path).load_method("forward")
         return lambda *inputs: method.execute(inputs)[0]
     from executorch.extension.pybindings.portable_lib import _load_for_executorch
 
-    module = _load_for_executorch(str(path), str(weights))
+    module = _load_for_executorch(str(path), str(data))
     module.method_meta("forward")  # loads it
     return lambda *inputs: module.forward(inputs)[0]
 

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from graphtune.program import Program
-
 if TYPE_CHECKING:
     from executorch.exir import EdgeProgramManager
 
@@ -113,12 +111,6 @@ def undelegated_matmuls(edge: EdgeProgramManager) -> list[str]:
         if getattr(node.target, "__name__", "") in _MATMULS
         and any(map(is_constant, node.all_input_nodes))
     ]
-
-
-def quantizes_inputs(program: nn.Module) -> bool:
-    """Whether a program quantizes what its linears are given, as `Convert` writes it."""
-    nodes = program.graph.nodes if isinstance(program, Program) else ()
-    return any("choose_qparams_affine" in str(node.target) for node in nodes)
 
 
 def integer_weights(edge: EdgeProgramManager) -> tuple[list[str], list[str]]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from graphtune.cpu_matmul import matmul_options
 from graphtune.errors import UserError
 from graphtune.losses import Batch, Loss, loss_sum
 from graphtune.outline import END, Outline, outline
@@ -91,7 +92,9 @@ class Compiled:
         self.varying = {str(node.target): _symbolic_dims(node.meta["val"]) for node in inputs}
         self.how = "whole" if found is None else "layers"
         self.outline = found
-        options = ROUND if any(row.name == "qat" for row in program.ledger) else {}
+        options = matmul_options()
+        if any(row.name == "qat" for row in program.ledger):
+            options = options | ROUND
         if found is None:
             options = options | (_OVERLAP if program.distribution is not None else {})
             self._call = _compile(lambda batch: loss_sum(program, batch, loss), options)

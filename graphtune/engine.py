@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from graphtune.allocator import allocator_name
 from graphtune.compilation import WAYS, Compile, Compiled
+from graphtune.cpu_matmul import prefers_onednn
 from graphtune.errors import UserError
 from graphtune.fake_quantization import rounds_inputs
 from graphtune.image_inputs import as_taken
@@ -35,6 +35,7 @@ from graphtune.torch_private import salted_cache
 from graphtune.training.optimizers import MuonWithAdamW, OptimizerInBackward
 from graphtune.training.ranks import raise_together
 from graphtune.transient import recompute_in_backward
+from graphtune.verify import nudged
 
 
 class NotFinite(RuntimeError):
@@ -82,7 +83,8 @@ class TrainStep:
         self.clip_grad_norm = clip_grad_norm
         self.parameters = list(program.trainable_parameters())
         self._updates_in_backward = isinstance(optimizer, OptimizerInBackward)
-        self._tag = plan_hash(program)
+        # torch's caches ignore inductor's passes, too.
+        self._tag = plan_hash(program) + ("-onednn" if prefers_onednn() else "")
         self._drops = any(n.target == "training" for n in program.graph.find_nodes(op="get_attr"))
         self._uncompiled = by_region(program)
         self._compiled = Compiled(program, loss, compile) if compile else None
@@ -97,6 +99,7 @@ class TrainStep:
         where = self.program.device.type
         if where == "cpu":
             where += f", {torch.get_num_threads()} threads, {allocator_name()} allocator"
+            where += ", products by oneDNN" if self._compiled and prefers_onednn() else ""
         return f"{', '.join(sorted(dtypes))} on {where}, {self._compiled or 'not compiled'}"
 
     def _plain_loss_sum(self, batch: Batch) -> Tensor:
@@ -219,9 +222,9 @@ class TrainStep:
         try:
             expected_loss, expected = self._gradients(self._plain_loss_sum, batch)
             if tolerance is None and rounds:
-                with _nudged(self.program):
-                    _, nudged = self._gradients(self._plain_loss_sum, batch)
-                tolerance = max(0.1, 2 * _apart(expected, nudged))
+                with nudged(self.program):
+                    _, moved = self._gradients(self._plain_loss_sum, batch)
+                tolerance = max(0.1, 2 * _apart(expected, moved))
             loss, found = self._gradients(self.loss_sum, batch)
         finally:
             self.program.train(was_training)
@@ -257,24 +260,6 @@ def _apart(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     differences = (float((e - f).norm()) for e, f in zip(expected, found, strict=True))
     length = math.hypot(*(float(e.norm()) for e in expected))  # of a rank's part, perhaps 0
     return math.hypot(*differences) / max(length, sys.float_info.min)
-
-
-@contextmanager
-def _nudged(program: Program) -> Iterator[None]:
-    """Within it weights of norms differ in their last bits, as if sums had another order."""
-    vectors = [p for p in program.parameters() if p.dim() == 1]
-    kept = [p.detach().clone() for p in vectors]
-    with torch.no_grad():
-        for number, p in enumerate(vectors):
-            generator = torch.Generator().manual_seed(number)
-            noise = torch.randn(p.shape, generator=generator).to(p)
-            p.mul_(1 + 2 * torch.finfo(p.dtype).eps * noise)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, value in zip(vectors, kept, strict=True):
-                p.copy_(value)
 
 
 def compile_step(

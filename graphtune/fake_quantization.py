@@ -114,6 +114,10 @@ for values from observed[0] to observed[1]; x as it is while these are equal."""
 
 
 def rounds_inputs(graph: fx.Graph) -> bool:
-    """Whether a graph fake-quantizes what its linears are given, and not weights alone."""
+    """Whether a graph rounds what its linears are given, and not weights alone: by `QAT`, or to
+    integers by `Convert`."""
     rounding = (fake_quantize_tokens, fake_quantize_tensor)
-    return any(node.target in rounding for node in graph.nodes)
+    return any(
+        node.target in rounding or "choose_qparams_affine" in str(node.target)
+        for node in graph.nodes
+    )

@@ -16,6 +16,7 @@ from torch._dynamo.decorators import maybe_mark_dynamic
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled as _wrap_with_set_grad_enabled
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.distributed_c10d import GroupName
 from torch.export import ExportedProgram
@@ -118,6 +119,34 @@ def salted_cache(salt: str) -> AbstractContextManager:
     `torch.compiler.config.cache_key_tag`, is public; changing it for a while is not.
     """
     return torch.compiler.config.patch(cache_key_tag=salt)  # type: ignore[attr-defined]
+
+
+class _PostGradPass(CustomGraphPass):
+    def __init__(self, rewrite: Callable[[fx.Graph], None], name: str) -> None:
+        self.rewrite, self.name = rewrite, name
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.rewrite(graph)
+
+    def uuid(self) -> str:
+        return self.name
+
+
+def with_post_grad_pass(rewrite: Callable[[fx.Graph], None], name: str) -> dict[str, Any]:
+    """Inductor's options for a rewrite of the forward and of the backward graph.
+
+    Before autograd has made them, products of gradients are nowhere to be seen.
+
+    Args:
+        name: what the caches know it by; another one for another rewrite.
+    """
+    return {"post_grad_custom_post_pass": _PostGradPass(rewrite, name)}
+
+
+def linear_by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(m, k) times (k, n), float32 on a CPU, by oneDNN; torch offers it for constants alone."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return result
 
 
 def vary(tensor: Tensor, dims: Sequence[int]) -> None:

@@ -6,11 +6,12 @@ computed, and the numerics class costs two forwards of a few tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from graphtune.losses import with_rows
 from graphtune.masks import with_documents
@@ -147,7 +148,8 @@ def _check_gradients(
         return
     if not logits.requires_grad:
         raise VerificationError(f"{by}: no trainable parameter reaches the logits")
-    gradients = torch.autograd.grad(logits.sum(), trainable, allow_unused=True)
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(logits.sum(), trainable, allow_unused=True)
     for leaf, gradient in zip(trainable, gradients, strict=True):
         if gradient is None:
             raise VerificationError(f"{by}: {names[id(leaf)]} is trainable and gets no gradient")
@@ -203,3 +205,26 @@ def eval_output(program: Program, ids: Tensor, position_ids: Tensor | None = Non
         return program.eval()(**{name: batch[name] for name in batch if name != "labels"})
     finally:
         program.train(was_training)
+
+
+@contextmanager
+def nudged(model: nn.Module) -> Iterator[None]:
+    """Within it weights of norms differ in their last bits, as if sums had another order.
+
+    Where inputs of linears are rounded to integers, such a change takes some to the next one, in
+    one layer after the other; how far results then are apart says what two right ways to compute
+    them may differ by.
+    """
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    kept = [p.detach().clone() for p in vectors]
+    with torch.no_grad():
+        for number, p in enumerate(vectors):
+            generator = torch.Generator().manual_seed(number)
+            noise = torch.randn(p.shape, generator=generator).to(p)
+            p.mul_(1 + 2 * torch.finfo(p.dtype).eps * noise)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(vectors, kept, strict=True):
+                p.copy_(value)

@@ -190,20 +190,20 @@ class FusedLoss(Pass):
             logits = head.run(hidden, sources)
         options = self.label_smoothing, self.z_loss
         sign = 1 if self.output == "loss" else -1
-        given = logits.detach() if joined else logits
+        known = logits.detach() if joined else logits
         if divided is None:
-            values = token_cross_entropy(given, targets, *options)
+            values = token_cross_entropy(known, targets, *options)
         else:
-            values, denominators = divided.of_tokens(given, targets)
+            values, denominators = divided.of_tokens(known, targets)
         value = values * weights * sign
         if self.output == "loss":
             value = value.sum()
         if not joined:
             return (value,)
         if divided is None:
-            slope = token_cross_entropy_slope(given, targets, weights * sign, *options)
+            slope = token_cross_entropy_slope(known, targets, weights * sign, *options)
         else:
-            slope = divided.slope(given, targets, weights * sign, denominators)
+            slope = divided.slope(known, targets, weights * sign, denominators)
         return value, *torch.autograd.grad(logits, leaves, slope)
 
 

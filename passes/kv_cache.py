@@ -11,6 +11,7 @@ from torch import fx
 
 from graphtune.attention_sites import Sight
 from graphtune.errors import UserError
+from graphtune.fake_quantization import rounds_inputs
 from graphtune.passes.base import Numerics, Pass, Stage
 from graphtune.passes.cached_attention import Rewriting
 from graphtune.program import Program
@@ -186,7 +187,7 @@ def _check_decoding(before: Program, after: Program, options: KVCache) -> None:
         reset(after)
     difference = float((found[:, -1] - expected).abs().max() / expected.abs().max())
     limit = 1e-3 if expected.dtype == torch.float32 else 0.25
-    if _quantizes_inputs(before.graph):  # a rounding may take a number to the next integer
+    if rounds_inputs(before.graph):  # a rounding may take a number to the next integer
         limit = max(limit, 0.1)
     if not difference < limit:
         raise UserError(
@@ -194,9 +195,3 @@ def _check_decoding(before: Program, after: Program, options: KVCache) -> None:
             f"else (by {difference:.2g} of the largest logit): more goes from token to token than "
             "keys and values, or it counts positions by itself; generate without a cache"
         )
-
-
-def _quantizes_inputs(graph: fx.Graph) -> bool:
-    """Whether `QAT` or `Convert` rounds what linears are given, by the range of each token."""
-    names = ("fake_quantize_tokens", "choose_qparams_affine")
-    return any(name in str(node.target) for node in graph.nodes for name in names)

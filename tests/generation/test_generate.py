@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 import graphtune as gt
 from graphtune.generation import CachedDecoder, Sampling, generate
-from graphtune.passes import KVCache, LoRA
+from graphtune.passes import KVCache, LoRA, Quantize
 from tests.generation.test_streaming import byte_level
 from tests.oracles.models import random_ids, tiny_gpt2, tiny_model
 
@@ -150,6 +150,21 @@ def test_decoding_compiles_once_and_prompts_once():
         assert found == rows(program, given, max_new_tokens=20)
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts == [2] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("passes", [(), (Quantize("int8"),)], ids=["float32", "int8"])
+def test_one_row_is_multiplied_in_loops_that_read_weights_as_they_are(passes):
+    _, base = model_and_program("qwen2")  # has biases
+    program = base.apply(*passes, KVCache(64, prefill=16, logits="last"))
+    decoder = CachedDecoder(program, compile=True)
+    assert rows(decoder, prompts()[:1], max_new_tokens=NEW) == rows(
+        program, prompts()[:1], max_new_tokens=NEW
+    )
+    with torch.profiler.profile() as profile:
+        decoder.step([3])
+    names = {event.name for event in profile.events()}
+    assert not names & {"aten::mm", "aten::addmm", "aten::linear", "aten::bmm", "mkl::_mkl_linear"}
 
 
 def test_refusals():
