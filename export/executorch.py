@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from graphtune.errors import UserError
+from graphtune.export.adapter_file import with_adapter_inputs
 from graphtune.export.artifact import artifact, evaluating
 from graphtune.export.custom_attention import load_custom_ops, with_custom_attention
 from graphtune.export.device_calls import NewTokens, WholeText, check_calls, load, special_ids
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 MODEL = "model.pte"
 WEIGHTS = "model.ptd"
+ADAPTER = "adapter.ptd"
 PREFILL = 128  # tokens of a prompt that are read at once
 _PROBE = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all."
 
@@ -96,6 +99,7 @@ def to_executorch(
     prefill: int | None = None,
     backend: str = "xnnpack",
     split_weights: bool = False,
+    adapter_file: bool = False,
     custom_sdpa: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tolerance: float = 1e-4,
@@ -109,14 +113,15 @@ def to_executorch(
 
     With a cache, a prompt and 64 greedy tokens are compared with the eager program, with its cache
     and without. Where inputs of linears are quantized (`Convert`), a difference of rounding may
-    take a number to the next integer; there a logit may differ by a tenth of the largest one.
+    take a number to the next integer; there a logit may differ by a tenth of the largest one, or
+    by twice what a change of the norms' weights in their last bits makes.
 
     Args:
-        program: a Program, with `KVCache` of one row applied or without; adapters merged, on the
-            CPU. Without a cache also a module whose forward takes `input_ids`, `attention_mask`
-            (bool, batch x 1 x seq x seq) and `position_ids`, and returns logits (batch, seq,
-            vocab); but of a model with sliding windows only its Program: transformers does not lay
-            them into a mask that it is given.
+        program: a Program, with `KVCache` of one row applied or without; adapters merged, but for
+            `adapter_file`; on the CPU. Without a cache also a module whose forward takes
+            `input_ids`, `attention_mask` (bool, batch x 1 x seq x seq) and `position_ids`, and
+            returns logits (batch, seq, vocab); but of a model with sliding windows only its
+            Program: transformers does not lay them into a mask that it is given.
         out_dir: must be missing or empty.
         kv_cache: keep keys and values from call to call.
         max_seq_len: tokens of a text at most, prompt and answer together; the file's memory is
@@ -124,6 +129,8 @@ def to_executorch(
         prefill: tokens that one call takes at most, with a cache; None: 128, or `max_seq_len`.
         backend: what runs it; one of `graphtune.export.executorch_backends.BACKENDS`.
         split_weights: write the weights to `model.ptd`, apart from the program.
+        adapter_file: write LoRA's factors to `adapter.ptd`, apart from the program, which does not
+            depend on them: it runs with the file of any adapter of the same options.
         custom_sdpa: compute attention by the kernels of ExecuTorch's `custom_ops` library, which
             what runs the file must have too.
         tokenizer: gives the ids of its special tokens and the text of the probe.
@@ -133,15 +140,22 @@ def to_executorch(
     Raises:
         UserError: executorch is not installed, or has not the backend; `out_dir` holds something;
             the program is not float32 or not on the CPU, or has no cache that is known;
-            `max_seq_len` or the tokenizer does not suit the model; an operator, or a matrix
-            product with a weight, would not run in the backend.
+            `max_seq_len` or the tokenizer does not suit the model; `adapter_file` without LoRA,
+            or with more than that; an operator, or a matrix product with a weight, would not run in
+            the backend.
         RuntimeError: the file's logits differ from the eager ones by more than that.
     """
     require("executorch")
     given = partitioners(backend)
-    if custom_sdpa and not kv_cache:
+    for option, given_it in (("custom_sdpa", custom_sdpa), ("adapter_file", adapter_file)):
+        if given_it and not kv_cache:
+            raise UserError(
+                f"`{option}` is for files with a key-value cache; leave out `kv_cache=False`"
+            )
+    if adapter_file and split_weights:
         raise UserError(
-            "`custom_sdpa` is for files with a key-value cache; leave out `kv_cache=False`"
+            "`adapter_file` and `split_weights`: ExecuTorch's Python runtime, which checks the "
+            "file, reads one file of weights; leave out one of them"
         )
     if custom_sdpa:
         load_custom_ops()
@@ -160,19 +174,23 @@ def to_executorch(
             cached = _with_cache(program, max_seq_len, prefill)
             call = NewTokens(cached)
             graph = with_custom_attention(cached) if custom_sdpa else None
+            if adapter_file:
+                graph = with_adapter_inputs(graph or fx.GraphModule(cached, deepcopy(cached.graph)))
             lowered_call = NewTokens(cached, graph)
         else:
             call = lowered_call = WholeText(program, max_seq_len)
-        file, weights = made.path / MODEL, made.path / WEIGHTS if split_weights else None
+        file = made.path / MODEL
+        apart = WEIGHTS if split_weights else ADAPTER if adapter_file else None
+        data = made.path / apart if apart else None
         constants = _constants(program, tokenizer, call)
         constants["use_sdpa_with_kv_cache"] = custom_sdpa
         start = time.perf_counter()
-        lowered = lower(lowered_call, file, constants, backend, given, weights)
+        lowered = lower(lowered_call, file, constants, backend, given, data, adapter_file)
         facts: dict[str, Any] = {"lowering_s": time.perf_counter() - start}
         facts["size_bytes"] = sum(one.stat().st_size for one in made.path.iterdir())
         if BACKENDS[backend].runs_here:
             start = time.perf_counter()
-            loaded = load(file, weights)
+            loaded = load(file, data)
             facts["load_s"] = time.perf_counter() - start
             probe = _probe(tokenizer, call.most, constants["get_vocab_size"])
             facts |= check_calls(made, loaded, call, program, probe, tolerance)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from graphtune.errors import UserError
+from graphtune.export.adapter_file import adapter_placeholders, without_adapters
 from graphtune.export.device_calls import NewTokens, WholeText
 from graphtune.export.xnnpack import (
     XnnpackForms,
@@ -27,7 +28,8 @@ def lower(
     constants: Mapping[str, Any],
     backend: str,
     partitioners: list[Any],
-    weights: Path | None = None,
+    data: Path | None = None,
+    adapters_only: bool = False,
 ) -> tuple[int, Coverage]:
     """Write a call of a program as the method `forward` of a file.
 
@@ -36,7 +38,8 @@ def lower(
         constants: methods without inputs, by name.
         backend: its name, for messages.
         partitioners: of the backend; none for portable operators.
-        weights: a file for them, apart from the program.
+        data: a file for weights, apart from the program.
+        adapters_only: only those of adapters; see `graphtune.export.adapter_file`.
 
     Returns:
         The number of delegates; and of each operator, how many nodes run in them, and how many
@@ -51,7 +54,7 @@ def lower(
         # What a cache holds at first is never seen.
         warnings.filterwarnings("ignore", "Mutation on a buffer", UserWarning)
         try:
-            return _lower(call, path, constants, backend, partitioners, weights)
+            return _lower(call, path, constants, backend, partitioners, data, adapters_only)
         except (UserError, OSError):
             raise
         except Exception as error:  # of many kinds, from torch.export to a backend's compiler
@@ -68,12 +71,17 @@ def _lower(
     constants: Mapping[str, Any],
     backend: str,
     partitioners: list[Any],
-    weights: Path | None,
+    data: Path | None,
+    adapters_only: bool,
 ) -> tuple[int, Coverage]:
     from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 
+    if adapters_only:
+        partitioners = [without_adapters(one) for one in partitioners]
     edge = to_edge_transform_and_lower(
-        _export(call, weights), partitioner=partitioners, constant_methods=dict(constants)
+        _export(call, None if adapters_only else data),
+        partitioner=partitioners,
+        constant_methods=dict(constants),
     )
     tables, left = integer_weights(edge)
     if left:
@@ -88,19 +96,21 @@ def _lower(
             f"{backend}, the first is {missed[0]}; a file with them would be slow"
         )
     covered = coverage(edge)  # before to_executorch, which adds memory to the graph
+    adapters = adapter_placeholders(edge.exported_program())
     config = ExecutorchBackendConfig(
         # It fuses quantized embeddings; without any there is nothing to do.
         do_quant_fusion_and_const_prop=bool(tables),
         # Else each call copies all caches, twice. With portable operators, which read views of a
         # cache, ExecuTorch 1.4 computes NaN after it.
         run_reinplace_pass=backend == "xnnpack",
-        external_constants=weights is not None and (lambda node: weights.stem),
+        external_constants=data is not None
+        and (lambda node: data.stem if not adapters_only or node.name in adapters else None),
     )
     made = edge.to_executorch(config)
     with path.open("wb") as file:
         made.write_to_file(file)
-    if weights is not None:
-        made.write_tensor_data_to_file(str(weights.parent))
+    if data is not None:
+        made.write_tensor_data_to_file(str(data.parent))
     return covered
 
 

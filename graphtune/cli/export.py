@@ -45,6 +45,13 @@ def export(
     split_weights: Annotated[
         bool, typer.Option("--ptd", help="executorch: weights in a file of their own, model.ptd.")
     ] = False,
+    adapter_file: Annotated[
+        bool,
+        typer.Option(
+            "--adapter-file",
+            help="executorch: the adapter in a file of its own, adapter.ptd, not merged.",
+        ),
+    ] = False,
     custom_sdpa: Annotated[
         bool,
         typer.Option(
@@ -89,7 +96,7 @@ def export(
         applied, adapters = {row.name for row in program.ledger}, adapter_names(program)
         if "qat" in applied and "convert" not in applied:
             program = program.apply(Convert())
-        elif adapters and name != "peft" and "qat" not in applied:
+        elif adapters and "qat" not in applied and not _apart(name, adapter_file):
             note(f"merged the adapter {', '.join(adapters)} into the weights")
             program = program.apply(Merge())
         options: dict[str, Any] = {"overwrite": overwrite, "run": str(run)}
@@ -100,13 +107,18 @@ def export(
         elif name == "executorch":
             options |= {"tokenizer": tokenizer, "max_seq_len": max_seq_len, "prefill": prefill}
             options |= {"kv_cache": kv_cache, "backend": backend, "split_weights": split_weights}
-            options |= {"custom_sdpa": custom_sdpa}
+            options |= {"adapter_file": adapter_file, "custom_sdpa": custom_sdpa}
             _tell(targets.to_executorch(program, folder, **options))
         else:
             getattr(targets, f"to_{name}")(program, folder, tokenizer=tokenizer, **options)
         for check in read_checks(folder):
             print(check)
         print(f"saved {folder}")
+
+
+def _apart(target: str, adapter_file: bool) -> bool:
+    """Whether a target has the adapter in a file of its own."""
+    return target == "peft" or (target == "executorch" and adapter_file)
 
 
 def _targets(to: str) -> dict[str, str | None]:
