@@ -79,3 +79,15 @@ def test_a_tuned_model_goes_to_several_targets(passes, run, capsys):
 def test_bad_targets_are_refused_before_anything_is_loaded(to, message, tmp_path, capsys):
     assert graphtune("export", tmp_path / "no run", "--to", to) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_devices_get_an_adapter_in_a_file_of_its_own(run, capsys):
+    folder = run({"lora": {"rank": 4}})
+    options = ("--adapter-file", "--max-seq-len", 32, "--prefill", 8)
+    assert graphtune("export", folder, "--to", "executorch", *options) == 0
+    said = capsys.readouterr()
+    assert "merged" not in said.err
+    manifest = json.loads((folder / "executorch" / "manifest.json").read_text())
+    assert {"model.pte", "adapter.ptd"} <= manifest["files"].keys()
+    assert all(check["max_abs_diff"] < 1e-4 for check in manifest["checks"])
