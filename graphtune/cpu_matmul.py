@@ -45,15 +45,14 @@ def use_onednn(graph: fx.Graph) -> None:
             continue
         if node.target is aten.mm.default:
             node.target = mm
-        elif node.target is aten.addmm.default and not node.kwargs:
-            added, a, b = node.args
-            if added.meta["val"].dim() == 1:
-                node.target, node.args = mm, (a, b, added)
-            else:
-                with graph.inserting_before(node):
-                    product = graph.call_function(mm, (a, b))
-                product.meta = dict(node.meta)
-                node.target, node.args = aten.add.Tensor, (product, added)
+        elif node.target is aten.addmm.default and _adds_a_bias(node):
+            bias, a, b = node.args
+            node.target, node.args = mm, (a, b, bias)
+
+
+def _adds_a_bias(node: fx.Node) -> bool:
+    """And not a matrix, such as the sum of gradients so far, which torch adds to in place."""
+    return node.args[0].meta["val"].dim() == 1 and not node.kwargs
 
 
 def _shape(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -55,7 +55,8 @@ def test_a_compiled_step_multiplies_by_the_library_of_choice(technique, preferre
     names = [event.name for event in profile.events()]
     ours, theirs = names.count("graphtune::onednn_mm"), names.count("aten::mm")
     theirs += names.count("aten::addmm") + names.count("mkl::_mkl_linear")
-    assert ours > 14 and theirs == 0 if preferred else theirs > 14 and ours == 0
+    sums = technique != "lora"  # the gradients of a tied weight are added up by one product
+    assert ours > 14 and theirs == sums if preferred else theirs > 14 and ours == 0
 
 
 def test_only_amd_processors_with_wide_instructions_prefer_it(monkeypatch):
