@@ -41,8 +41,8 @@ _EXACT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _Q8_BLOCK = 32
 
 # llama.cpp rounds what a matrix is multiplied with to the matrix's own format, and looks GELU up
-# in a table of float16.
-_LLAMA_CPP = {"f32": 1e-3, "f16": 2e-2, "bf16": 0.2, "q8_0": 0.5}
+# in a table of float16. For q8_0 a tenth of the largest logit, as where `Convert` rounds inputs.
+_LLAMA_CPP = {"f32": 1e-3, "f16": 2e-2, "bf16": 0.2, "q8_0": 1.0}
 _LLAMA_CPP_GELU = 2e-2
 
 
