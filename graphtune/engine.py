@@ -83,8 +83,7 @@ class TrainStep:
         self.clip_grad_norm = clip_grad_norm
         self.parameters = list(program.trainable_parameters())
         self._updates_in_backward = isinstance(optimizer, OptimizerInBackward)
-        # torch's caches ignore inductor's passes, too.
-        self._tag = plan_hash(program) + ("-onednn" if prefers_onednn() else "")
+        self._tag = plan_hash(program)
         self._drops = any(n.target == "training" for n in program.graph.find_nodes(op="get_attr"))
         self._uncompiled = by_region(program)
         self._compiled = Compiled(program, loss, compile) if compile else None

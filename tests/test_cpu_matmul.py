@@ -37,8 +37,7 @@ def test_rows_of_a_wider_matrix_and_no_rows():
 @pytest.mark.parametrize("technique", ["lora", "full, biases"])
 @pytest.mark.parametrize("preferred", [True, False])
 def test_a_compiled_step_multiplies_by_the_library_of_choice(technique, preferred, monkeypatch):
-    for module in ("cpu_matmul", "engine"):
-        monkeypatch.setattr(f"graphtune.{module}.prefers_onednn", lambda: preferred)
+    monkeypatch.setattr(cpu_matmul, "prefers_onednn", lambda: preferred)
     torch._dynamo.reset()
     if technique == "lora":
         program = gt.capture(tiny_model("llama")).apply(LoRA(rank=4), FusedLoss(2))
