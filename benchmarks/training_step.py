@@ -112,13 +112,21 @@ def _theirs(model: Any, batch: dict, technique: str, *, compile: bool) -> Callab
     if technique == "lora":
         config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
         model = peft.get_peft_model(model, config)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-4, fused=True)  # as transformers' Trainer
     forward = torch.compile(model) if compile else model
     ids = batch["input_ids"]
 
+    return _eager_step(model, lambda: forward(input_ids=ids, labels=ids, use_cache=False).loss)
+
+
+def _eager_step(model: Any, loss_of_batch: Callable[[], Any]) -> Callable[[], float]:
+    """As transformers' Trainer and torchtune's recipes take it."""
+    import torch
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-4, fused=True)
+
     def step() -> float:
-        loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = loss_of_batch()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -163,20 +171,10 @@ def _torchtune(model: Any, batch: dict, *, compile: bool) -> Callable[[], float]
     made.set_num_output_chunks(loss_of.num_output_chunks)
     if compile:
         compile_model(made)
-    parameters = [p for p in made.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-4, fused=True)
     ids = batch["input_ids"]
     labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=loss_of.ignore_index)
 
-    def step() -> float:
-        loss = loss_of(made(ids), labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
+    return _eager_step(made, lambda: loss_of(made(ids), labels))
 
 
 def _floor(model: Any, batch: dict, *, trains: bool, torchs: bool) -> Callable[[], float]:

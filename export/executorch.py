@@ -157,6 +157,12 @@ def to_executorch(
             "`adapter_file` and `split_weights`: ExecuTorch's Python runtime, which checks the "
             "file, reads one file of weights; leave out one of them"
         )
+    biases = {row.options.get("bias", "none") for row in getattr(program, "ledger", ())}
+    if adapter_file and biases - {"none"}:
+        raise UserError(
+            "`adapter_file`: the adapter trained biases, which would be in the program for all "
+            "adapters; leave `adapter_file` out, which merges it"
+        )
     if custom_sdpa:
         load_custom_ops()
     _check(program, max_seq_len)

@@ -91,6 +91,8 @@ def test_refusals(tmp_path):
     whole = adapted(base, 0, LoRA(rank=4, targets=("q_proj",), modules_to_save=("o_proj",)))
     with pytest.raises(UserError, match="modules_to_save.* is not a factor of LoRA"):
         export(whole)
+    with pytest.raises(UserError, match="trained biases"):
+        export(adapted(tiny_gpt2().eval(), 0, LoRA(rank=4, bias="all")))
     program = adapted(base, 0)
     with pytest.raises(UserError, match="`adapter_file` is for files with a key-value cache"):
         export(program, kv_cache=False)
